@@ -151,7 +151,9 @@ def read_json(path: Path, what: str) -> dict[str, Json]:
 def refuse_existing(out: Path, *, force: bool) -> None:
     """Outputs are never overwritten without --force."""
     if out.exists() and not force:
-        raise UsageError("the output exists already", where=str(out), hint="choose another -o, or pass --force to replace it")
+        raise UsageError(
+            "the output exists already", where=str(out), hint="choose another -o, or pass --force to replace it"
+        )
 
 
 @contextlib.contextmanager

@@ -1,0 +1,61 @@
+"""What a family must say about its architecture, and nothing else: facts, no disk, no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+
+from gemcut.types import Json, Plan, Site
+
+# Components that `inspect` and the size picture count, in the order shown.
+COMPONENTS = ("embedding", "attention", "dense mlp", "experts", "router", "norms", "vision", "other")
+
+
+@dataclass(frozen=True, slots=True)
+class Norms:
+    """Tensor names of the RMSNorms after each branch: scaling a whole branch before one of them changes nothing."""
+
+    attention: str
+    experts: str | None
+    dense: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Serving:
+    """What every server needs to know, said once."""
+
+    bos: bool  # exactly one BOS must open every sequence
+    reasoning_parser: str
+    tool_parser: str
+    attention: str  # transformers' attn_implementation
+    temperature: float
+    top_p: float
+    top_k: int
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """One architecture.
+
+    sites(text_config, names): every place that can be cut, from the config and the tensor names on disk.
+    shrink(config, plan): a new config.json for the cut checkpoint; refuses what the format cannot say.
+    module_of(site): dotted path of the transformers module (below the decoder layer) that runs the site.
+    layer_prefix(names, layer): how this checkpoint's tensor names of a layer begin on disk.
+    component(name): which of COMPONENTS a tensor belongs to.
+    norms(prefix): the branch norms of the layer with this prefix.
+    text_config(config): the part of config.json with the decoder's numbers.
+    renormalises: the router's top-k weights are renormalised, so that dropping equals masking, to the bit.
+    """
+
+    name: str
+    architectures: tuple[str, ...]
+    sites: Callable[[Mapping[str, Json], Collection[str]], tuple[Site, ...]]
+    shrink: Callable[[Mapping[str, Json], Plan], dict[str, Json]]
+    module_of: Callable[[Site], str]
+    layer_prefix: Callable[[Collection[str], int], str]
+    component: Callable[[str], str]
+    norms: Callable[[str, bool], Norms]
+    text_config: Callable[[Mapping[str, Json]], Mapping[str, Json]]
+    top_k: Callable[[Mapping[str, Json]], int]
+    renormalises: bool
+    serving: Serving
