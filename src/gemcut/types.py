@@ -22,7 +22,7 @@ F64: TypeAlias = NDArray[np.float64]
 F32: TypeAlias = NDArray[np.float32]
 I64: TypeAlias = NDArray[np.int64]
 Kind: TypeAlias = Literal["experts", "heads"]
-Json: TypeAlias = "None | bool | int | float | str | list[Json] | dict[str, Json]"
+Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"
 
 # Bytes per element of every safetensors dtype that gemcut passes through.
 DTYPE_BYTES: Mapping[str, int] = {

@@ -1,0 +1,35 @@
+"""Flags that several verbs share, declared once."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+from gemcut.cli.console import Talk
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def talk(function: F) -> F:
+    """--json, -q and -v; the command gets one `talk` argument."""
+
+    @click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")
+    @click.option("-q", "--quiet", is_flag=True, help="Print only the path of the result.")
+    @click.option("-v", "--verbose", count=True, help="More talk on stderr.")
+    @functools.wraps(function)
+    def command(*args: Any, as_json: bool, quiet: bool, verbose: int, **kwargs: Any) -> Any:
+        voice = Talk(json=as_json, quiet=quiet, verbose=verbose)
+        try:
+            return function(*args, talk=voice, **kwargs)
+        finally:
+            voice.close()
+
+    return command  # type: ignore[return-value]
+
+
+force = click.option("--force", is_flag=True, help="Replace an existing output.")
+dry_run = click.option("--dry-run", is_flag=True, help="Say what would be read, written and needed; do nothing.")
+out_folder = click.option("-o", "--out", required=True, type=click.Path(), help="The folder to write.")

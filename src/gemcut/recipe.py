@@ -1,0 +1,209 @@
+"""Every word that a recipe may say. Strict, frozen, and closed: a recipe imports no code."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from gemcut.errors import UsageError
+from gemcut.types import Json
+
+SCHEMA = 1
+STAGES = ("observe", "plan", "cut", "verify", "kld", "report")
+
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,79}$")]
+
+
+class _Words(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Observe(_Words):
+    """The streamed pass over the calibration corpus."""
+
+    corpus: str = Field(description="JSON lines or text; `demo:calibration` is the one that ships")
+    max_tokens: int | None = Field(
+        default=None, gt=0, description="whole items, class by class in turn, up to this many tokens"
+    )
+    max_tokens_per_item: int = Field(default=4096, gt=1, description="longer items are truncated and counted")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(default="auto", description="auto is the checkpoint's own")
+    device: str = Field(default="cpu", description="cpu, cuda, cuda:1")
+    max_memory_gib: float | None = Field(default=None, gt=0, description="refuse or spill to disk beyond this")
+    batch_tokens: int = Field(default=4096, gt=0, description="tokens of one forward call")
+    gram_tokens: int | None = Field(default=None, gt=0, description="tokens in the attention Gram matrices")
+
+
+class Choice(_Words):
+    """One criterion with its parameters."""
+
+    criterion: str
+    params: dict[str, Json] = Field(default_factory=dict)
+    label: str | None = Field(default=None, description="how tables name it; the criterion's name by default")
+
+    @property
+    def name(self) -> str:
+        return self.label or self.criterion
+
+
+class GuardWords(_Words):
+    """What no criterion may drop."""
+
+    super_factor: float | None = Field(
+        default=None, gt=1, description="keep experts whose largest |output| is this many times their layer's median"
+    )
+    class_floor: int = Field(default=0, ge=0, description="every class keeps its own best N experts per layer")
+    bootstrap: int = Field(
+        default=200, ge=0, description="resamples of the questions for the keep probability; 0 is off"
+    )
+    seed: int = 0
+
+
+class PlanWords(_Words):
+    """Which units stay."""
+
+    kind: Literal["experts"] = "experts"
+    keep: int = Field(gt=0, description="experts kept in every layer")
+    guards: GuardWords = Field(default_factory=GuardWords)
+
+
+class Cut(_Words):
+    """The surgery."""
+
+    link: bool = Field(default=True, description="hard-link unchanged shards instead of copying them")
+
+
+class Measure(_Words):
+    """KLD against the base on text that nothing was calibrated on."""
+
+    corpus: str
+    max_tokens: int | None = Field(default=None, gt=0)
+    max_tokens_per_item: int = Field(default=4096, gt=1)
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    device: str = "cpu"
+    seed: int = 0
+    max_mean_nats: float | None = Field(default=None, gt=0, description="gate: a larger mean KLD ends with exit code 5")
+
+
+class ReportWords(_Words):
+    """The page and the card."""
+
+    title: str | None = None
+
+
+class Recipe(_Words):
+    """The whole vocabulary."""
+
+    schema_: Literal[1] = Field(default=1, alias="schema")
+    name: Name
+    description: str = ""
+    model: str = Field(description="a folder, org/name@revision, or demo:moe")
+    observe: Observe
+    score: Choice
+    compare: tuple[Choice, ...] = Field(
+        default=(), description="other criteria, cut and measured beside the chosen one"
+    )
+    plan: PlanWords
+    cut: Cut = Field(default_factory=Cut)
+    kld: Measure | None = None
+    report: ReportWords = Field(default_factory=ReportWords)
+
+
+def shipped() -> dict[str, Path]:
+    """Recipes that come with the package, by name."""
+    folder = Path(__file__).parent / "recipes"
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def load(ref: str, overrides: tuple[str, ...] = ()) -> Recipe:
+    """A recipe from a file or by the name of a shipped one, with `a.b=v` overrides applied before validation.
+
+    Raises:
+        UsageError: no such recipe, not YAML, or a word or value that the vocabulary does not have.
+    """
+    path = Path(ref)
+    if not path.is_file():
+        names = shipped()
+        if ref not in names:
+            raise UsageError(
+                "there is no such recipe",
+                got=ref,
+                wanted="a YAML file or one of: " + ", ".join(names),
+                hint="gemcut list recipes",
+            )
+        path = names[ref]
+    return parse(_text(path), path.name, overrides)
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError("the recipe is not UTF-8", where=path.name, got=f"a bad byte at {error.start}") from None
+
+
+def parse(text: str, where: str, overrides: tuple[str, ...] = ()) -> Recipe:
+    """A recipe from YAML text; see `load`."""
+    try:
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UsageError(f"the recipe is not YAML: {str(error).splitlines()[0]}", where=where) from None
+    if not isinstance(data, dict):
+        raise UsageError("the recipe is not a mapping", where=where, got=type(data).__name__, wanted="name:, model:, …")
+    for override in overrides:
+        _set(data, override)
+    return build(data, where)
+
+
+def build(data: dict[str, Json], where: str = "recipe") -> Recipe:
+    """Validate a mapping; the first wrong word is named by its path."""
+    try:
+        # YAML has no tuples: lists are accepted where the model says tuple, everything else stays strict.
+        return Recipe.model_validate(_tuples(data))
+    except ValidationError as error:
+        first = error.errors()[0]
+        spot = ".".join(str(part) for part in first["loc"])
+        wanted = sorted(Recipe.model_fields) if first["type"] == "extra_forbidden" and len(first["loc"]) == 1 else None
+        raise UsageError(
+            f"{spot}: {first['msg']}",
+            where=where,
+            got=repr(first.get("input"))[:80],
+            wanted=", ".join(wanted) if wanted else None,
+            hint="gemcut show schema lists every word",
+        ) from None
+
+
+def _tuples(data: dict[str, Json]) -> dict[str, object]:
+    out: dict[str, object] = dict(data)
+    compare = out.get("compare")
+    if isinstance(compare, list):
+        out["compare"] = tuple({"criterion": c} if isinstance(c, str) else c for c in compare)
+    if isinstance(out.get("score"), str):
+        out["score"] = {"criterion": out["score"]}
+    return out
+
+
+def _set(data: dict[str, Json], override: str) -> None:
+    key, sign, raw = override.partition("=")
+    if not sign or not key:
+        raise UsageError("--set wants path=value", got=override, wanted="plan.keep=98")
+    value = yaml.safe_load(raw)
+    *parents, last = key.split(".")
+    node = data
+    for parent in parents:
+        child = node.setdefault(parent, {})
+        if isinstance(child, str) and parent == "score":
+            child = node[parent] = {"criterion": child}
+        if not isinstance(child, dict):
+            raise UsageError("--set path goes through a value", where=key, got=parent)
+        node = child
+    node[last] = value
+
+
+def resolved(recipe: Recipe) -> str:
+    """The recipe with every default filled in, as YAML."""
+    return yaml.safe_dump(
+        recipe.model_dump(mode="json", by_alias=True), sort_keys=False, allow_unicode=True, default_flow_style=False
+    )
