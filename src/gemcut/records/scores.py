@@ -1,0 +1,112 @@
+"""A scores folder: `scores.json` and `scores.safetensors`, one written for the other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from gemcut.errors import CheckpointError
+from gemcut.records.fields import open_record, to_json
+from gemcut.records.plans import MAX_LAYERS, MAX_UNITS
+from gemcut.store import atomic_folder, sha256_file, write_json
+from gemcut.types import F64, Json, Kind, Scores
+
+SCORES_SCHEMA = 1
+SCORES_FILE = "scores.json"
+_VALUES_FILE = "scores.safetensors"
+
+
+def save_scores(scores: Scores, folder: Path, *, force: bool = False) -> None:
+    """Write a scores folder.
+
+    Raises:
+        UsageError: `folder` exists and `force` is not given.
+    """
+    tensors = {"values": np.ascontiguousarray(scores.values, np.float64)}
+    if scores.protected is not None:
+        tensors["protected"] = np.ascontiguousarray(scores.protected, np.uint8)
+    if scores.per_class is not None:
+        tensors["per_class"] = np.ascontiguousarray(scores.per_class, np.float64)
+    with atomic_folder(folder, force=force) as partial:
+        save_file(tensors, partial / _VALUES_FILE)
+        body: dict[str, Json] = {
+            "schema": SCORES_SCHEMA,
+            "criterion": scores.criterion,
+            "params": to_json(scores.params),
+            "kind": scores.kind,
+            "layers": list(scores.layers),
+            "units": scores.units,
+            "model": scores.model_fingerprint,
+            "statistics": scores.statistics_fingerprint,
+            "corpus": scores.corpus_hash,
+            "classes": list(scores.classes),
+            "why": scores.why,
+            "values_sha256": sha256_file(partial / _VALUES_FILE),
+        }
+        write_json(partial / SCORES_FILE, body)
+
+
+def load_scores(folder: Path) -> Scores:
+    """Read a scores folder.
+
+    Raises:
+        UsageError: there is no such folder.
+        CheckpointError: the two files disagree, or the values are not of the recorded shape.
+        QualityError: a value is not finite.
+    """
+    f = open_record(folder / SCORES_FILE, "scores", SCORES_SCHEMA)
+    layers = f.counts("layers", MAX_LAYERS, distinct=True)
+    units = f.count("units", 1, MAX_UNITS)
+    classes = f.texts("classes", distinct=True)
+    kind = f.text("kind")
+    if kind not in ("experts", "heads"):
+        f.refuse("kind", kind, "experts or heads")
+    forms = {
+        "values": ("F64", (len(layers), units)),
+        "protected": ("U8", (len(layers), units)),
+        "per_class": ("F64", (len(classes), len(layers), units)),
+    }
+    tensors = _read_tensors(folder / _VALUES_FILE, f.sha256("values_sha256"), forms)
+    scores = Scores(
+        criterion=f.text("criterion", empty=False),
+        params=f.mapping("params"),
+        kind=cast(Kind, kind),
+        layers=layers,
+        values=tensors["values"],
+        model_fingerprint=f.text("model"),
+        statistics_fingerprint=f.text("statistics"),
+        corpus_hash=f.text("corpus"),
+        protected=tensors["protected"].astype(np.bool_) if "protected" in tensors else None,
+        why=f.text("why"),
+        classes=classes,
+        per_class=tensors.get("per_class"),
+    )
+    f.done()
+    return scores
+
+
+def _read_tensors(path: Path, sha256: str, forms: Mapping[str, tuple[str, tuple[int, ...]]]) -> dict[str, F64]:
+    """Those of `forms` that are in the file; `values` must be."""
+    out: dict[str, F64] = {}
+    try:
+        if sha256_file(path) != sha256:
+            raise CheckpointError("the scores are not what was recorded", where=path.name, hint="score again")
+        with safe_open(path, framework="numpy") as f:
+            for name in f.keys():  # noqa: SIM118 - not a dict
+                ref = f.get_slice(name)
+                form = (str(ref.get_dtype()), tuple(ref.get_shape()))
+                if form != forms.get(name):
+                    raise CheckpointError(
+                        f"{name} has another form", where=path.name, got=form, wanted=forms.get(name, "nothing")
+                    )
+                out[name] = f.get_tensor(name).astype(np.float64, copy=False)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"cannot read the scores: {error}", where=path.name) from None
+    if "values" not in out:
+        raise CheckpointError("the scores hold no values", where=path.name)
+    return out
