@@ -14,8 +14,8 @@ SOURCE = Path(__file__).parents[2] / "src" / "gemcut"
 MODULES = sorted(p for p in SOURCE.rglob("*.py"))
 
 ROOMS = {"observe", "score", "plan", "surgery", "export", "serve", "evaluate", "report", "publish"}
-GROUND = {"errors", "types", "store", "records", "checkpoint", "families", "ggml"}
-ABOVE = {"recipe", "pipeline", "stages"}
+GROUND = {"errors", "types", "store", "records", "checkpoint", "families", "ggml", "machine"}
+ABOVE = {"recipe", "pipeline", "stages", "shipped"}
 LICENSED = {("evaluate", "serve")}
 
 # package → modules (path prefixes below src/gemcut) that may import it at all
