@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
 from gemcut.errors import UsageError
 from gemcut.types import Json
@@ -40,7 +40,7 @@ class Choice(_Words):
     """One criterion with its parameters."""
 
     criterion: str
-    params: dict[str, Json] = Field(default_factory=dict)
+    params: dict[str, JsonValue] = Field(default_factory=dict)
     label: str | None = Field(default=None, description="how tables name it; the criterion's name by default")
 
     @property
