@@ -25,7 +25,7 @@ from pathlib import Path
 from gemcut import machine, stages, store
 from gemcut.errors import QualityError, UsageError
 from gemcut.recipe import STAGES, Choice, Recipe, resolved
-from gemcut.types import Json
+from gemcut.types import Json, KldResult
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +56,8 @@ class Run:
     done: list[Stage] = field(default_factory=list)
     model: Path | None = None
     report: Path | None = None
+    chosen: str | None = None
+    measured: dict[str, KldResult] | None = None
 
 
 @contextlib.contextmanager
@@ -210,7 +212,7 @@ def _run(result: Run, until: str, force: bool, progress: Progress | None) -> Non
                 base, plan_file, folder / "model", link=recipe.cut.link, force=True, progress=progress
             ),
         )
-    chosen = choices[0].name
+    chosen = result.chosen = choices[0].name
     result.model = cuts[chosen].folder / "model"
     if last < STAGES.index("verify"):
         return
@@ -250,6 +252,7 @@ def _run(result: Run, until: str, force: bool, progress: Progress | None) -> Non
                 progress=progress,
             ),
         )
+        result.measured = stages.measured(measured.folder, [c.name for c in choices])
     if last >= STAGES.index("report"):
         result.report = stages.report(
             recipe,

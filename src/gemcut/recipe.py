@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
@@ -135,6 +137,48 @@ def load(ref: str, overrides: tuple[str, ...] = ()) -> Recipe:
             )
         path = names[ref]
     return parse(_text(path), path.name, overrides)
+
+
+def source(ref: str) -> str:
+    """The recipe's text as written; see `load` for what `ref` may be."""
+    path = Path(ref)
+    return _text(path if path.is_file() else shipped()[ref])
+
+
+def words() -> list[tuple[str, str, str, str]]:
+    """Every word: path, type, default, meaning. What `gemcut show schema` and docs/recipes.md print."""
+    return list(_words("", Recipe))
+
+
+def _words(prefix: str, model: type[BaseModel]) -> Iterator[tuple[str, str, str, str]]:
+    for name, info in model.model_fields.items():
+        path = prefix + (info.alias or name)
+        inner = list(_models(info.annotation))
+        repeated = "[]" if "tuple" in str(info.annotation) else ""
+        default = (
+            "required"
+            if info.is_required()
+            else ("" if inner else json.dumps(info.get_default(call_default_factory=True)))
+        )
+        yield path + repeated, "" if inner else _type(info.annotation), default, info.description or ""
+        for sub in inner:
+            yield from _words(path + repeated + ".", sub)
+
+
+def _models(annotation: object) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for part in get_args(annotation):
+        yield from _models(part)
+
+
+def _type(annotation: object) -> str:
+    if isinstance(annotation, type) and not get_args(annotation):
+        return annotation.__name__
+    parts = get_args(annotation)
+    if parts and all(isinstance(part, (str, int)) for part in parts):
+        return " | ".join(str(part) for part in parts)
+    return str(annotation).replace("typing.", "").replace("NoneType", "none")
 
 
 def _text(path: Path) -> str:
