@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
@@ -21,6 +21,9 @@ Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,79}$")]
 
 class _Words(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+_W = TypeVar("_W", bound=_Words)
 
 
 class Observe(_Words):
@@ -216,6 +219,43 @@ def build(data: dict[str, Json], where: str = "recipe") -> Recipe:
             got=repr(first.get("input"))[:80],
             wanted=", ".join(wanted) if wanted else None,
             hint="gemcut show schema lists every word",
+        ) from None
+
+
+def params(pairs: tuple[str, ...]) -> dict[str, JsonValue]:
+    """`name=value` pairs of --param; values are YAML."""
+    out: dict[str, JsonValue] = {}
+    for pair in pairs:
+        _set(out, pair)  # type: ignore[arg-type]
+    return out
+
+
+def observe_words(said: dict[str, Json], sets: tuple[str, ...] = ()) -> Observe:
+    """The observe part of a recipe, from the flags of a verb."""
+    return _part(Observe, said, sets)
+
+
+def measure_words(said: dict[str, Json], sets: tuple[str, ...] = ()) -> Measure:
+    """The kld part of a recipe, from the flags of a verb."""
+    return _part(Measure, said, sets)
+
+
+def plan_words(keep: int, sets: tuple[str, ...] = ()) -> PlanWords:
+    """The plan part of a recipe, from the flags of a verb."""
+    return _part(PlanWords, {"keep": keep}, sets)
+
+
+def _part(model: type[_W], said: dict[str, Json], sets: tuple[str, ...]) -> _W:
+    data = {key: value for key, value in said.items() if value is not None}
+    for override in sets:
+        _set(data, override)
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        spot = ".".join(str(part) for part in first["loc"])
+        raise UsageError(
+            f"{spot}: {first['msg']}", got=repr(first.get("input"))[:80], hint="gemcut show schema lists every word"
         ) from None
 
 

@@ -1,0 +1,151 @@
+"""Verbs on checkpoints that need no torch: `inspect`, `cut`, `verify`, `diff`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from gemcut.cli import options
+from gemcut.cli.console import Talk
+from gemcut.cli.sizes import size
+
+
+@click.command()
+@click.argument("model")
+@options.talk
+def inspect(model: str, talk: Talk) -> None:
+    """What a checkpoint is, its sizes, what can be cut. Headers only."""
+    from gemcut import stages
+
+    found = stages.inspect(model)
+    talk.table(
+        f"{found.name}: {found.architecture} ({found.family}), {found.dtype}",
+        ("component", "tensors", "parameters", "size", "share"),
+        [
+            (
+                c.name,
+                c.tensors,
+                c.parameters,
+                size(c.size_bytes),
+                f"{100 * c.size_bytes / max(found.size_bytes, 1):.1f} %",
+            )
+            for c in found.components
+        ],
+        note=f"{found.parameters:,} parameters, {size(found.size_bytes)} in {found.shards} shards; "
+        f"fingerprint {found.fingerprint[:12]}",
+    )
+    talk.table(
+        "What can be cut",
+        ("kind", "layers", "units per layer", "bytes per unit, all layers", "can go"),
+        [
+            (c.kind, c.layers, c.units, size(c.bytes_per_unit), f"down to {c.least}" if c.least else "")
+            for c in found.cuttable
+        ],
+    )
+    talk.result(found, path=found.fingerprint)
+
+
+@click.command()
+@click.argument("model")
+@click.option("--plan", "plan_file", required=True, type=click.Path(), help="plan.json: which units stay.")
+@options.out_folder
+@click.option("--copy", is_flag=True, help="Copy unchanged shards instead of hard-linking them.")
+@options.force
+@options.dry_run
+@options.talk
+def cut(model: str, plan_file: str, out: str, copy: bool, force: bool, dry_run: bool, talk: Talk) -> None:
+    """Write the smaller checkpoint, its manifest and SHA256SUMS."""
+    from gemcut import stages
+
+    base = stages.open_model(model)
+    if dry_run:
+        from gemcut import preflight
+        from gemcut.cli.sizes import show_preflight
+
+        show_preflight(talk, preflight.estimate_cut(base, Path(plan_file), Path(out)))
+        return
+    manifest = stages.cut(base, Path(plan_file), Path(out), link=not copy, force=force, progress=talk.progress)
+    changed = [fact for fact in manifest.tensors if fact.found != "same"]
+    talk.result(
+        manifest,
+        path=out,
+        text=f"{out}: {size(manifest.size_bytes_before)} → {size(manifest.size_bytes_after)}, "
+        f"{len(changed)} of {len(manifest.tensors)} tensors changed",
+    )
+
+
+@click.command()
+@click.argument("model")
+@click.option("--base", required=True, help="The checkpoint it was cut from.")
+@click.option("--plan", "plan_file", type=click.Path(), help="Hold the bytes against this plan, too.")
+@options.talk
+def verify(model: str, base: str, plan_file: str | None, talk: Talk) -> None:
+    """Hold the bytes of a cut checkpoint against its plan and manifest.
+
+    Exit code 4 and the names of the tensors when intent and bytes disagree.
+    """
+    from gemcut import stages
+
+    report = stages.verify(
+        Path(model), stages.open_model(base), Path(plan_file) if plan_file else None, None, progress=talk.progress
+    )
+    talk.table(
+        "",
+        ("check", "", ""),
+        [(check.name, "passed" if check.passed else "FAILED", check.detail) for check in report.checks],
+    )
+    talk.result(report, path=model)
+
+
+@click.command()
+@click.argument("a")
+@click.argument("b")
+@options.talk
+def diff(a: str, b: str, talk: Talk) -> None:
+    """Tensor by tensor between two checkpoints, or drop by drop between two plans."""
+    if a.endswith(".json") and b.endswith(".json"):
+        _diff_plans(Path(a), Path(b), talk)
+        return
+    from gemcut import stages
+
+    manifest = stages.diff(a, b, progress=talk.progress)
+    changed = [fact for fact in manifest.tensors if fact.found != "same"]
+    talk.table(
+        f"{len(changed)} of {len(manifest.tensors)} tensors differ",
+        ("tensor", "found", "before", "after", "relative change"),
+        [
+            (
+                fact.name,
+                fact.found,
+                "×".join(map(str, fact.shape_before)) if fact.shape_before is not None else "",
+                "×".join(map(str, fact.shape_after)) if fact.shape_after is not None else "",
+                "" if fact.relative_change is None else f"{fact.relative_change:.3g}",
+            )
+            for fact in changed
+        ],
+    )
+    if manifest.config_changes:
+        talk.table(
+            "config.json",
+            ("key", "before", "after"),
+            [(key, str(before), str(after)) for key, (before, after) in manifest.config_changes.items()],
+        )
+    talk.result(manifest, path=b)
+
+
+def _diff_plans(a: Path, b: Path, talk: Talk) -> None:
+    from gemcut import stages
+
+    found = stages.diff_plans(a, b)
+    talk.table(
+        f"{found.differing} of {found.dropped} drops differ ({100 * found.overlap:.1f} % shared, "
+        f"{100 * found.expected:.1f} % expected at random)",
+        ("layer", "only in the first", "only in the second"),
+        [
+            (layer.layer, " ".join(map(str, layer.only_a)), " ".join(map(str, layer.only_b)))
+            for layer in found.layers
+            if layer.only_a or layer.only_b
+        ],
+    )
+    talk.result(found, path=b)

@@ -1,0 +1,79 @@
+"""`gemcut kld`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import click
+
+from gemcut.cli import options
+from gemcut.cli.console import Talk
+from gemcut.types import Estimate, KldResult
+
+
+@click.command()
+@click.argument("base")
+@click.argument("candidates", nargs=-1, required=True)
+@click.option("--corpus", required=True, help="JSON lines, text, or demo:heldout.")
+@click.option("--max-tokens", type=click.IntRange(min=1), help="Whole items, class by class in turn, up to this many.")
+@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1.")
+@click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16"]), default="auto", show_default=True)
+@click.option("--seed", default=0, show_default=True, help="Seed of the bootstrap.")
+@click.option("-o", "--out", type=click.Path(), help="Keep the results in this folder.")
+@options.talk
+def kld(
+    base: str,
+    candidates: tuple[str, ...],
+    corpus: str,
+    max_tokens: int | None,
+    device: str,
+    dtype: str,
+    seed: int,
+    out: str | None,
+    talk: Talk,
+) -> None:
+    """KL divergence of candidates from a base, streamed, no logits on disk."""
+    from gemcut import recipe, stages
+
+    words = recipe.measure_words(
+        {"corpus": corpus, "max_tokens": max_tokens, "device": device, "dtype": dtype, "seed": seed}
+    )
+    model = stages.open_model(base)
+    text = stages.read_corpus(words.corpus, model, words.max_tokens, words.max_tokens_per_item)
+    named = stages.candidate_names(candidates)
+    results = stages.kld(model, named, text, words, Path(out) if out else None, progress=talk.progress)
+    show_kld(talk, results)
+    talk.result({"results": list(results.values())}, path=out)
+
+
+def show_kld(talk: Talk, results: Mapping[str, KldResult], title: str = "KL(base ‖ candidate)") -> None:
+    """One row per candidate and class; the rows of one candidate only when there are several candidates."""
+    several = len(results) > 1
+    rows = []
+    for name, result in results.items():
+        for row in result.rows:
+            if several and row.cls != "all":
+                continue
+            rows.append(
+                (
+                    name if several else row.cls,
+                    row.tokens,
+                    _estimate(row.mean),
+                    _estimate(row.median),
+                    _estimate(row.p99),
+                    f"{100 * row.same_top.value:.1f} % [{100 * row.same_top.low:.1f}, {100 * row.same_top.high:.1f}]",
+                    _estimate(row.ln_ppl_ratio),
+                )
+            )
+    n = next(iter(results.values())).chunks if results else 0
+    talk.table(
+        title,
+        ("candidate" if several else "class", "tokens", "mean nats", "median", "p99", "same top", "ln PPL ratio"),
+        rows,
+        note=f"95 % intervals, bootstrap over n = {n} chunks",
+    )
+
+
+def _estimate(value: Estimate) -> str:
+    return f"{value.value:.4f} [{value.low:.4f}, {value.high:.4f}]"

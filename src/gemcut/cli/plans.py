@@ -1,0 +1,68 @@
+"""`gemcut plan experts`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from gemcut.cli import options
+from gemcut.cli.console import Talk
+
+
+@click.group()
+def plan() -> None:
+    """Decide which units stay, and say why."""
+
+
+@plan.command()
+@click.argument("stats")
+@click.option("--keep", required=True, type=click.IntRange(min=1), help="Experts kept in every layer.")
+@click.option("--criterion", default="easy_ep", show_default=True, help="gemcut list criteria.")
+@click.option("--param", "params", multiple=True, metavar="NAME=VALUE", help="A parameter of the criterion.")
+@click.option("-o", "--out", type=click.Path(), help="Where plan.json goes.")
+@click.option("--explain", metavar="LAYER:EXPERT", help="Why one expert stays or goes, in one screen.")
+@click.option("--set", "sets", multiple=True, metavar="PATH=VALUE", help="A guard, e.g. guards.class_floor=8.")
+@options.force
+@options.talk
+def experts(
+    stats: str,
+    keep: int,
+    criterion: str,
+    params: tuple[str, ...],
+    out: str | None,
+    explain: str | None,
+    sets: tuple[str, ...],
+    force: bool,
+    talk: Talk,
+) -> None:
+    """Keep the best N experts of every layer."""
+    from gemcut import recipe, stages
+    from gemcut.errors import UsageError
+
+    if out is None and explain is None:
+        raise UsageError("nothing to do", wanted="-o plan.json, --explain LAYER:EXPERT, or both")
+    choice = recipe.Choice(criterion=criterion, params=recipe.params(params))
+    planned = stages.plan_experts(Path(stats), choice, recipe.plan_words(keep, sets))
+    if out is not None:
+        stages.save_plan(planned.plan, Path(out), force=force)
+    if explain is not None:
+        found = stages.explain(planned, *_unit(explain))
+        talk.result(found, path=out, text=stages.explanation_text(found))
+        return
+    doubtful = planned.doubtful
+    talk.result(
+        planned.plan,
+        path=out,
+        text=f"{out}: keeps {keep} of {planned.plan.units} experts in {len(planned.plan.layers)} layers by {criterion}"
+        + (f"; {doubtful} decisions change in more than one of five resamples of the questions" if doubtful else ""),
+    )
+
+
+def _unit(text: str) -> tuple[int, int]:
+    from gemcut.errors import UsageError
+
+    layer, _, unit = text.partition(":")
+    if not (layer.isdigit() and unit.isdigit()):
+        raise UsageError("--explain wants LAYER:EXPERT", got=text, wanted="for example 4:17")
+    return int(layer), int(unit)

@@ -1,0 +1,84 @@
+"""`observe` and `score`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from gemcut.cli import options
+from gemcut.cli.console import Talk
+
+
+@click.command()
+@click.argument("model")
+@click.option("--corpus", required=True, help="JSON lines, text, or demo:calibration.")
+@options.out_folder
+@click.option("--max-tokens", type=click.IntRange(min=1), help="Whole items, class by class in turn, up to this many.")
+@click.option(
+    "--max-memory", type=click.FloatRange(min=0, min_open=True), metavar="GIB", help="Refuse or spill beyond this."
+)
+@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1.")
+@click.option("--set", "sets", multiple=True, metavar="PATH=VALUE", help="Another observe field, e.g. dtype=float32.")
+@options.force
+@options.dry_run
+@options.talk
+def observe(
+    model: str,
+    corpus: str,
+    out: str,
+    max_tokens: int | None,
+    max_memory: float | None,
+    device: str,
+    sets: tuple[str, ...],
+    force: bool,
+    dry_run: bool,
+    talk: Talk,
+) -> None:
+    """One streamed pass over a corpus; every statistic at once; resumes."""
+    from gemcut import recipe, stages
+
+    words = recipe.observe_words(
+        {"corpus": corpus, "max_tokens": max_tokens, "max_memory_gib": max_memory, "device": device}, sets
+    )
+    base = stages.open_model(model)
+    text = stages.read_corpus(words.corpus, base, words.max_tokens, words.max_tokens_per_item)
+    if dry_run:
+        from gemcut import preflight
+        from gemcut.cli.sizes import show_preflight
+
+        show_preflight(talk, preflight.estimate_observe(base, text, words, Path(out)))
+        return
+    talk.say(f"{base.name}: {len(text.items)} items, {text.tokens:,} tokens, classes {', '.join(text.classes)}")
+    stages.observe(base, text, Path(out), words, force=force, progress=talk.progress)
+    summary = stages.statistics_summary(Path(out))
+    talk.result(summary, path=out, text=f"{out}: {summary['tokens']:,} tokens, {summary['layers']} layers with experts")
+
+
+@click.command()
+@click.argument("stats")
+@click.option("--criterion", default="all", show_default=True, help="gemcut list criteria.")
+@click.option("--param", "params", multiple=True, metavar="NAME=VALUE", help="A parameter of the criterion.")
+@click.option("-o", "--out", type=click.Path(), help="Keep the scores in this folder (one criterion).")
+@options.force
+@options.talk
+def score(stats: str, criterion: str, params: tuple[str, ...], out: str | None, force: bool, talk: Talk) -> None:
+    """Rank the experts by a criterion. Seconds, no model."""
+    from gemcut import recipe, stages
+
+    rows = stages.score_table(Path(stats), criterion, recipe.params(params), Path(out) if out else None, force=force)
+    talk.table(
+        "Scores per layer; agreement is the share of drops shared with frequency at half the experts",
+        ("criterion", "layer", "best experts", "worst experts", "agreement"),
+        [
+            (
+                r.criterion,
+                r.layer,
+                " ".join(map(str, r.best)),
+                " ".join(map(str, r.worst)),
+                f"{100 * r.agreement:.0f} %",
+            )
+            for r in rows
+        ],
+    )
+    talk.result({"rows": rows}, path=out or stats)
