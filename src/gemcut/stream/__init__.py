@@ -1,0 +1,1 @@
+"""Run a checkpoint's own modules layer by layer: what observe, heal and kld share."""

@@ -1,0 +1,93 @@
+"""An experts implementation for transformers' own registry that hands every routed expert's output to a recorder.
+
+Routed tokens only: each expert runs once, on its own tokens. The combined output has the same bits as `eager`, because
+the same operations run on the same rows in the same order.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from gemcut.errors import UsageError
+
+RECORDING = "gemcut_recording"
+
+
+class ExpertRecorder(Protocol):
+    """What sees the experts of one layer during one forward call.
+
+    T tokens of the call (padding left out), k experts per token, P = T·k routed pairs in expert order.
+    """
+
+    def begin(self, inputs: torch.Tensor, token: torch.Tensor, expert: torch.Tensor, gate: torch.Tensor) -> None:
+        """inputs [T, H]; per pair, sorted by expert: token [P], expert [P], final top-k weight gate [P]."""
+
+    def expert(self, expert: int, rows: slice, inputs: torch.Tensor, inner: torch.Tensor, output: torch.Tensor) -> None:
+        """One expert: its `rows` of the P pairs; inputs [n, H], inner (input of down_proj) [n, I], output [n, H]."""
+
+    def end(self, combined: torch.Tensor) -> None:
+        """combined [T, H]: the experts' summed output, before any norm."""
+
+
+def attach(experts: nn.Module, recorder: ExpertRecorder | None, live: torch.Tensor | None = None) -> None:
+    """Give a layer's experts module a recorder, and the mask [T] of its tokens that are not padding."""
+    experts.__dict__["gemcut_recorder"] = recorder
+    experts.__dict__["gemcut_live"] = live
+
+
+def recording_experts_forward(
+    self: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """Combined output [T, H] of the routed experts. Padding tokens run through no expert and come out as zeros.
+
+    out[t] = Σ_e g[t, e]·f_e(x_t), summed in ascending expert order in the dtype of `hidden_states` (as `eager` does).
+    """
+    if self.has_bias or not self.has_gate or self.is_transposed or self.has_post_expert_norm:
+        raise UsageError(
+            "the experts of this architecture have a form that observe does not record",
+            where=type(self).__name__,
+            wanted="gated experts without bias, stored [E, 2I, H] and [E, H, I]",
+        )
+    recorder: ExpertRecorder | None = self.__dict__.get("gemcut_recorder")
+    live: torch.Tensor | None = self.__dict__.get("gemcut_live")
+    gate_up, down = self.gate_up_proj, self.down_proj
+    assert isinstance(gate_up, torch.Tensor)
+    assert isinstance(down, torch.Tensor)
+    combined = torch.zeros_like(hidden_states)
+    # rank-major, as eager enumerates them: within an expert, first the tokens that rank it first, then second, …
+    flat_expert = top_k_index.t().reshape(-1)  # [k·T]
+    flat_token = torch.arange(len(hidden_states), device=hidden_states.device).repeat(top_k_index.shape[1])
+    flat_gate = top_k_weights.t().reshape(-1)
+    if live is not None:
+        kept = live[flat_token]
+        flat_expert, flat_token, flat_gate = flat_expert[kept], flat_token[kept], flat_gate[kept]
+    expert, order = torch.sort(flat_expert, stable=True)
+    token, gate = flat_token[order], flat_gate[order]
+    counts = torch.bincount(expert, minlength=len(gate_up)).tolist()
+    if recorder is not None:
+        recorder.begin(hidden_states, token, expert, gate)
+    first = 0
+    for e, n in enumerate(counts):
+        if n == 0:
+            continue
+        rows = slice(first, first + n)
+        first += n
+        inputs = hidden_states[token[rows]]
+        inner = self._apply_gate(nn.functional.linear(inputs, gate_up[e]))
+        output = nn.functional.linear(inner, down[e])
+        if recorder is not None:
+            recorder.expert(e, rows, inputs, inner, output)
+        weighted = output * gate[rows, None]
+        combined.index_add_(0, token[rows], weighted.to(combined.dtype))
+    if recorder is not None:
+        recorder.end(combined)
+    return combined
+
+
+def register() -> None:
+    """Put the implementation into transformers' registry, under RECORDING. Again is harmless."""
+    ALL_EXPERTS_FUNCTIONS.register(RECORDING, recording_experts_forward)

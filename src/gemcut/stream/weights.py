@@ -1,0 +1,129 @@
+"""Tensors of a checkpoint into torch, one at a time, by byte range. No file is mapped into memory."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
+
+from gemcut.checkpoint.read import Checkpoint
+from gemcut.errors import CheckpointError, UsageError
+from gemcut.types import TensorRef
+
+TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+DTYPE_NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
+_READ_BYTES = 1 << 30  # one preadv transfers at most 2 GiB - 4 KiB
+_CONVERT_BYTES = 32 << 20
+_WARM_BYTES = 4 << 20
+
+
+def named_dtype(name: str) -> torch.dtype:
+    """ "bfloat16", "float16" or "float32". UsageError for anything else."""
+    for dtype, known in DTYPE_NAMES.items():
+        if name == known:
+            return dtype
+    raise UsageError("there is no such compute dtype", got=name, wanted=" or ".join(DTYPE_NAMES.values()))
+
+
+class WeightReader:
+    """Reads tensors of one checkpoint in one compute dtype onto one device.
+
+    A tensor that is stored in another dtype is converted in pieces, so that at most 32 MiB exist twice.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> None:
+        self.checkpoint = checkpoint
+        self.dtype = dtype
+        self.device = device
+        self._pool: ThreadPoolExecutor | None = None
+
+    def read(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        """One tensor, `[*shape]`, in the compute dtype.
+
+        Raises:
+            CheckpointError: it is missing, has another shape, or the file is shorter than its header says.
+            UsageError: it is quantised, so that a module of the base architecture cannot hold it.
+        """
+        ref = self.checkpoint.ref(name)
+        if tuple(ref.shape) != tuple(shape):
+            raise CheckpointError(
+                "a tensor and the model's own module disagree about the shape",
+                where=f"{name}, {ref.shard}",
+                got=list(ref.shape),
+                wanted=list(shape),
+            )
+        stored = TORCH_DTYPES.get(ref.dtype)
+        if stored is None:
+            raise UsageError(
+                "a quantised tensor cannot run in the model's own modules",
+                where=f"{name}, {ref.shard}",
+                got=ref.dtype,
+                wanted=" or ".join(TORCH_DTYPES),
+                hint="observe the unquantised checkpoint",
+            )
+        with self._open(ref) as fd:
+            if stored == self.dtype:
+                out = torch.empty(shape, dtype=stored)
+                _read_into(fd, ref, 0, out.reshape(-1))
+            else:
+                out = torch.empty(shape, dtype=self.dtype)
+                flat = out.reshape(-1)
+                step = _CONVERT_BYTES // stored.itemsize
+                piece = torch.empty(min(step, flat.numel()), dtype=stored)
+                for first in range(0, flat.numel(), step):
+                    part = piece[: flat.numel() - first]
+                    _read_into(fd, ref, first * stored.itemsize, part)
+                    flat[first : first + part.numel()] = part
+        return out if self.device.type == "cpu" else out.to(self.device)
+
+    def warm(self, names: Iterable[str]) -> Future[None]:
+        """Have the operating system read these tensors ahead, in a thread. Takes page cache, no process memory."""
+        refs = [self.checkpoint.ref(name) for name in names]
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="gemcut-read-ahead")
+        return self._pool.submit(self._warm, refs)
+
+    def _warm(self, refs: list[TensorRef]) -> None:
+        scratch = memoryview(bytearray(0 if hasattr(os, "posix_fadvise") else _WARM_BYTES))
+        for ref in refs:
+            with self._open(ref) as fd:
+                if hasattr(os, "posix_fadvise"):
+                    os.posix_fadvise(fd, ref.start, ref.size_bytes, os.POSIX_FADV_WILLNEED)
+                else:
+                    for at in range(ref.start, ref.stop, _WARM_BYTES):
+                        os.preadv(fd, [scratch[: min(_WARM_BYTES, ref.stop - at)]], at)
+
+    @contextlib.contextmanager
+    def _open(self, ref: TensorRef) -> Iterator[int]:
+        try:
+            fd = os.open(self.checkpoint.path / ref.shard, os.O_RDONLY)
+        except OSError as error:
+            raise CheckpointError(f"cannot read a shard: {error.strerror}", where=ref.shard) from None
+        try:
+            yield fd
+        finally:
+            os.close(fd)
+
+    def close(self) -> None:
+        """Stop the read-ahead thread."""
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+            self._pool = None
+
+
+def _read_into(fd: int, ref: TensorRef, offset: int, flat: torch.Tensor) -> None:
+    """Fill a contiguous 1-D tensor from `offset` bytes behind the tensor's first byte."""
+    if flat.numel() == 0:
+        return
+    view = memoryview(flat.view(torch.uint8).numpy())
+    start, done = ref.start + offset, 0
+    while done < len(view):
+        n = os.preadv(fd, [view[done : done + _READ_BYTES]], start + done)
+        if n == 0:
+            raise CheckpointError(
+                "the file ended before the tensor did", where=f"{ref.name}, {ref.shard}", hint="did it change on disk?"
+            )
+        done += n
