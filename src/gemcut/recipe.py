@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar, get_args
+from typing import Annotated, Literal, TypeVar, cast, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
@@ -224,10 +224,10 @@ def build(data: dict[str, Json], where: str = "recipe") -> Recipe:
 
 def params(pairs: tuple[str, ...]) -> dict[str, JsonValue]:
     """`name=value` pairs of --param; values are YAML."""
-    out: dict[str, JsonValue] = {}
+    out: dict[str, Json] = {}
     for pair in pairs:
-        _set(out, pair)  # type: ignore[arg-type]
-    return out
+        _set(out, pair)
+    return cast(dict[str, JsonValue], out)
 
 
 def observe_words(said: dict[str, Json], sets: tuple[str, ...] = ()) -> Observe:
