@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help demo test fast check bench clean
+.PHONY: help demo test fast check docs bench clean
 .DEFAULT_GOAL := help
 
 help:
@@ -12,6 +12,7 @@ help:
 	@echo "make test    set up, then run all tests"
 	@echo "make fast    the tests that take under five seconds each"
 	@echo "make check   ruff, mypy --strict and the import rules"
+	@echo "make docs    rewrite docs/cli.md and docs/recipes.md from the code"
 	@echo "make bench   the performance figures of docs/bench.md (needs 30 GiB of disk and a quiet machine)"
 
 $(VENV)/.ready: pyproject.toml constraints.txt
@@ -35,10 +36,13 @@ fast: $(VENV)/.ready
 
 check: $(VENV)/.ready
 	@echo "== ruff, mypy --strict, import rules: about one minute"
-	$(BIN)/ruff check src tests bench demo
-	$(BIN)/ruff format --check src tests bench demo
+	$(BIN)/ruff check src tests bench demo docs
+	$(BIN)/ruff format --check src tests bench demo docs
 	$(BIN)/mypy
 	$(BIN)/python -m pytest tests/architecture
+
+docs: $(VENV)/.ready
+	$(BIN)/python docs/build.py
 
 bench: $(VENV)/.ready
 	$(BIN)/python bench/run.py --out docs/bench.md

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar, cast, get_args
+from typing import Annotated, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
@@ -227,7 +227,7 @@ def params(pairs: tuple[str, ...]) -> dict[str, JsonValue]:
     out: dict[str, Json] = {}
     for pair in pairs:
         _set(out, pair)
-    return cast(dict[str, JsonValue], out)
+    return out
 
 
 def observe_words(said: dict[str, Json], sets: tuple[str, ...] = ()) -> Observe:
@@ -246,7 +246,7 @@ def plan_words(keep: int, sets: tuple[str, ...] = ()) -> PlanWords:
 
 
 def _part(model: type[_W], said: dict[str, Json], sets: tuple[str, ...]) -> _W:
-    data = {key: value for key, value in said.items() if value is not None}
+    data: dict[str, Json] = {key: value for key, value in said.items() if value is not None}
     for override in sets:
         _set(data, override)
     try:

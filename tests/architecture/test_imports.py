@@ -27,7 +27,7 @@ HEAVY = {
     "rich": ("cli/console",),
     "tqdm": ("cli/console",),
     "click": ("cli/",),
-    "jinja2": ("report/",),
+    "jinja2": ("report/", "stream/rendering"),
 }
 
 
