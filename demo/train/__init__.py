@@ -1,0 +1,1 @@
+"""Text, tokenizer, training loop and export of the demo checkpoints."""

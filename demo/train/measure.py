@@ -1,0 +1,225 @@
+"""Measure an exported folder with stock transformers: held-out perplexity a class, routing, answers.
+
+`python -m demo.train.measure demo/moe --corpus demo/corpus/heldout.jsonl --out results.json`, for a mixture of experts
+also `--routing demo/moe-routing.json`.
+"""
+
+import argparse
+import json
+import math
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from demo.train.document import CLASSES
+from demo.train.generators import mathematics
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+RESAMPLES = 2000
+
+
+@dataclass(slots=True)
+class Losses:
+    """Summed negative log-likelihood in nats and number of scored tokens, an entry an item."""
+
+    nats: list[float] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+
+    def summary(self) -> dict[str, object]:
+        """Mean nats a token, perplexity, and a 95 % interval of the perplexity from resampled items."""
+        nats, tokens = np.asarray(self.nats), np.asarray(self.tokens)
+        draw = np.random.default_rng(0).integers(0, len(nats), (RESAMPLES, len(nats)))
+        means = nats[draw].sum(1) / tokens[draw].sum(1)
+        low, high = np.exp(np.quantile(means, [0.025, 0.975]))
+        mean = float(nats.sum() / tokens.sum())
+        return {
+            "items": len(nats),
+            "tokens": int(tokens.sum()),
+            "nats": round(mean, 4),
+            "perplexity": round(math.exp(mean), 3),
+            "interval": [round(float(low), 3), round(float(high), 3)],
+        }
+
+
+def items(path: Path) -> Iterator[dict[str, Any]]:
+    """The items of a corpus file."""
+    for line in path.read_bytes().split(b"\n"):
+        if line:
+            yield json.loads(line)
+
+
+def token_ids(tokenizer: Any, item: dict[str, Any]) -> list[int]:
+    """Token ids with exactly one BOS: chats through the template, text after a literal `<bos>`."""
+    if "messages" in item:
+        text = tokenizer.apply_chat_template(item["messages"], tokenize=False)
+    else:
+        text = f"<bos>{item['text']}"
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def loaded(folder: Path, dtype: torch.dtype) -> Any:
+    """The stock model with eager experts; a missing or unexpected tensor is an error."""
+    model, info = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, experts_implementation="eager", output_loading_info=True
+    )
+    wrong = {name: sorted(info[name]) for name in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[name]}
+    if wrong:
+        raise ValueError(f"{folder} does not load cleanly: {wrong}")
+    return model.eval()
+
+
+@torch.no_grad()
+def item_loss(model: Any, ids: list[int]) -> tuple[float, int]:
+    """Σ -ln p(token | before) in nats over all tokens after the first, and their number."""
+    tokens = torch.tensor([ids])
+    logits = model(input_ids=tokens).logits[0, :-1].float()
+    return float(torch.nn.functional.cross_entropy(logits, tokens[0, 1:], reduction="sum")), len(ids) - 1
+
+
+def by_class(model: Any, tokenizer: Any, corpus: Path) -> dict[str, Losses]:
+    """Losses of the corpus by class."""
+    found = {label: Losses() for label in CLASSES}
+    for item in items(corpus):
+        nats, tokens = item_loss(model, token_ids(tokenizer, item))
+        found[item["class"]].nats.append(nats)
+        found[item["class"]].tokens.append(tokens)
+    return found
+
+
+@contextmanager
+def counting(model: Any, counts: np.ndarray) -> Iterator[None]:
+    """Add every routing decision to `counts` `[L, E]` while the context is open."""
+
+    def hook(layer: int) -> Any:
+        def count(_module: Any, _inputs: Any, output: Any) -> None:
+            counts[layer] += np.bincount(output[2].reshape(-1).numpy(), minlength=counts.shape[1])
+
+        return count
+
+    layers = model.get_decoder().layers
+    handles = [layers[i].router.register_forward_hook(hook(i)) for i in range(len(layers))]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def divergence_bits(first: np.ndarray, second: np.ndarray) -> float:
+    """Jensen-Shannon divergence in bits, `H(m) - (H(p) + H(q)) / 2` with `m = (p + q) / 2`.
+
+    p and q `[E]` sum to 1; 0 when equal, 1 when disjoint.
+    """
+
+    def entropy(p: np.ndarray) -> float:
+        p = p[p > 0]
+        return float(-(p * np.log2(p)).sum())
+
+    return entropy((first + second) / 2) - (entropy(first) + entropy(second)) / 2
+
+
+def routing(model: Any, tokenizer: Any, corpus: Path) -> dict[str, Any]:
+    """Share of the routing decisions of each class that every expert receives, a layer, with divergences."""
+    config = model.config.get_text_config()
+    size = (config.num_hidden_layers, config.num_experts)
+    counts = {label: np.zeros(size, dtype=np.int64) for label in CLASSES}
+    tokens = dict.fromkeys(CLASSES, 0)
+    for item in items(corpus):
+        ids = token_ids(tokenizer, item)
+        tokens[item["class"]] += len(ids)
+        with counting(model, counts[item["class"]]), torch.no_grad():
+            model(input_ids=torch.tensor([ids]))
+    share = {label: value / value.sum(-1, keepdims=True) for label, value in counts.items()}
+    layers = []
+    for layer in range(size[0]):
+        pairs = {
+            f"{a}|{b}": round(divergence_bits(share[a][layer], share[b][layer]), 4)
+            for i, a in enumerate(CLASSES)
+            for b in CLASSES[i + 1 :]
+        }
+        layers.append(
+            {
+                "layer": layer,
+                "share": {label: [round(float(x), 5) for x in share[label][layer]] for label in CLASSES},
+                "top4": {label: np.argsort(-share[label][layer], kind="stable")[:4].tolist() for label in CLASSES},
+                "top4_share": {label: round(float(np.sort(share[label][layer])[-4:].sum()), 4) for label in CLASSES},
+                "jensen_shannon_bits": pairs,
+                "mean_jensen_shannon_bits": round(float(np.mean(list(pairs.values()))), 4),
+            }
+        )
+    return {
+        "schema": 1,
+        "corpus": corpus.name,
+        "tokens": tokens,
+        "experts": size[1],
+        "top_k": config.top_k_experts,
+        "layers": layers,
+    }
+
+
+@torch.no_grad()
+def answers(model: Any, tokenizer: Any, *, thinking: bool, count: int) -> dict[str, dict[str, int]]:
+    """Fresh arithmetic prompts, greedy: how many were right, and how many stopped with `<turn|>`."""
+    makers = {
+        "addition": mathematics.addition,
+        "subtraction": mathematics.subtraction,
+        "multiplication": mathematics.multiplication,
+    }
+    stop = tokenizer.convert_tokens_to_ids("<turn|>")
+    found = {}
+    for name, maker in makers.items():
+        right = stopped = 0
+        for index in range(count):
+            exchange = maker(random.Random(f"measure:{name}:{index}"))
+            prompt = tokenizer.apply_chat_template(
+                [{"role": "user", "content": exchange.question}],
+                tokenize=False,
+                add_generation_prompt=True,
+                enable_thinking=thinking,
+            )
+            ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt")["input_ids"]
+            said = model.generate(ids, max_new_tokens=200, do_sample=False, eos_token_id=[1, stop], pad_token_id=0)[
+                0, ids.shape[1] :
+            ]
+            stopped += int(said[-1] == stop)
+            text = tokenizer.decode(said, skip_special_tokens=True)
+            right += text.rstrip(".\n ").split()[-1:] == [exchange.answer.rstrip(".").split()[-1]]
+        found[name] = {"asked": count, "right": right, "stopped": stopped}
+    return found
+
+
+def main() -> None:
+    """Measure and write JSON."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--corpus", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--routing", type=Path)
+    parser.add_argument("--questions", type=int, default=50)
+    options = parser.parse_args()
+    torch.set_num_threads(2)
+    tokenizer = AutoTokenizer.from_pretrained(options.folder)
+    results: dict[str, Any] = {}
+    for dtype in (torch.bfloat16, torch.float32):
+        model = loaded(options.folder, dtype)
+        name = str(dtype).removeprefix("torch.")
+        results[name] = {
+            label: losses.summary() for label, losses in by_class(model, tokenizer, options.corpus).items()
+        }
+    if options.routing:
+        options.routing.write_text(
+            json.dumps(routing(model, tokenizer, options.corpus), indent=1) + "\n", encoding="utf-8"
+        )
+    for thinking in (False, True):
+        key = "answers_thinking" if thinking else "answers"
+        results[key] = answers(model, tokenizer, thinking=thinking, count=options.questions)
+    options.out.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
