@@ -28,6 +28,8 @@ _SAMPLE_MAX_BYTES = 65536
 _CHUNK_BYTES = 8 << 20
 
 U8 = NDArray[np.uint8]
+Progress = Callable[[int, int, str], None]
+"""Called with (done, total, label)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -290,7 +292,3 @@ def _pread(fd: int, start: int, size: int, shard: str) -> bytearray:
             raise CheckpointError("the file ended before the tensor did", where=shard, hint="did it change on disk?")
         done += n
     return buffer
-
-
-Progress = Callable[[int, int, str], None]
-"""Called with (bytes done, bytes in all, what is being done)."""

@@ -1,0 +1,120 @@
+"""From what a user types to a folder: a local path first, else a model on the Hugging Face Hub at a pinned commit."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from gemcut.errors import CheckpointError, MissingError, UsageError
+
+log = logging.getLogger(__name__)
+
+_ID = re.compile(r"(?:hf://)?(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
+# other formats of the same weights, and pickles: never read, so never downloaded
+_IGNORED = ["*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "original/*"]
+
+
+@dataclass(frozen=True, slots=True)
+class ResolvedModel:
+    """A folder to open. `name` is for records: a hub id or the folder's own name, never a path."""
+
+    path: Path
+    name: str
+    revision: str | None  # the commit, for a model of the Hub
+    source: Literal["folder", "hub"]
+
+
+def resolve(ref: str) -> ResolvedModel:
+    """Find a model: an existing folder, `org/name`, `org/name@revision`, or `hf://org/name@revision`.
+
+    A folder wins over a Hub id of the same spelling unless `hf://` is written. HF_HOME, HF_TOKEN, HF_ENDPOINT and
+    HF_HUB_OFFLINE are respected; without a network the local cache is used when it has the model.
+
+    Raises:
+        UsageError: neither a folder nor a Hub id, or the Hub has no such model or revision.
+        MissingError: no network and not cached, or a gated model without a token.
+        CheckpointError: the model has only pickled weights.
+    """
+    if not ref.startswith("hf://"):
+        folder = Path(ref).expanduser()
+        if folder.is_dir():
+            log.info("%s is a local folder", ref)
+            return ResolvedModel(folder, folder.resolve().name, None, "folder")
+        if folder.exists():
+            raise UsageError("a model is a folder, not a file", where=ref, hint="name the folder around it")
+    match = _ID.fullmatch(ref)
+    if match is None or ref.startswith((".", "/", "~")):
+        raise UsageError(
+            "there is no such model folder",
+            where=ref,
+            wanted="a folder, org/name, org/name@revision or hf://org/name@revision",
+        )
+    return _from_hub(match["repo"], match["revision"])
+
+
+def _from_hub(repo: str, revision: str | None) -> ResolvedModel:
+    # imported here: it takes longer than everything a local folder needs
+    import httpx
+    from huggingface_hub import HfApi, constants, snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    where = f"hf://{repo}" + (f"@{revision}" if revision else "")
+    cached_only = bool(constants.HF_HUB_OFFLINE)
+    try:
+        if not cached_only:
+            try:
+                info = HfApi().model_info(repo, revision=revision)
+                _refuse_pickles([s.rfilename for s in info.siblings or []], where)
+                revision = info.sha or revision
+            except (httpx.TransportError, OfflineModeIsEnabled):
+                log.warning("the Hub cannot be reached; looking for %s in the local cache", where)
+                cached_only = True
+        folder = snapshot_download(
+            repo, revision=revision, local_files_only=cached_only, ignore_patterns=_IGNORED, tqdm_class=None
+        )
+    except GatedRepoError:
+        raise MissingError(
+            "the model is gated", where=where, hint=f"accept its licence at {constants.ENDPOINT}/{repo}, set HF_TOKEN"
+        ) from None
+    except RevisionNotFoundError:
+        raise UsageError("the model has no such revision", where=where) from None
+    except RepositoryNotFoundError:
+        raise UsageError(
+            "the Hub has no such model, or it is private", where=where, hint="check the name, or set HF_TOKEN"
+        ) from None
+    except HFValidationError as error:
+        raise UsageError(f"not a Hub id: {str(error).splitlines()[0]}", where=where) from None
+    except LocalEntryNotFoundError:
+        raise MissingError(
+            "the model is not in the local cache, and the Hub cannot be reached",
+            where=where,
+            hint="unset HF_HUB_OFFLINE, or download it where there is a network and name the folder",
+        ) from None
+    except (HfHubHTTPError, httpx.HTTPError) as error:
+        raise MissingError(f"the Hub answered with an error: {str(error).splitlines()[0]}"[:300], where=where) from None
+    commit = os.path.basename(folder)
+    log.info("%s is the Hub's %s at commit %s", where, repo, commit)
+    return ResolvedModel(Path(folder), repo, commit, "hub")
+
+
+def _refuse_pickles(files: list[str], where: str) -> None:
+    if files and not any(f.endswith(".safetensors") for f in files):
+        pickles = [f for f in files if f.endswith((".bin", ".pt", ".pth", ".ckpt"))]
+        raise CheckpointError(
+            "the weights are pickles, which are never read" if pickles else "the model has no safetensors weights",
+            where=where,
+            got=", ".join(pickles[:2]) or f"{len(files)} files",
+            hint="convert them to safetensors, in a place you trust, and point here",
+        )
