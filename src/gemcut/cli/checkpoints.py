@@ -18,7 +18,7 @@ def inspect(model: str, talk: Talk) -> None:
     """What a checkpoint is, its sizes, what can be cut. Headers only."""
     from gemcut import stages
 
-    found = stages.inspect(model)
+    found = stages.inspection(model)
     talk.table(
         f"{found.name}: {found.architecture} ({found.family}), {found.dtype}",
         ("component", "tensors", "parameters", "size", "share"),

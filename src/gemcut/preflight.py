@@ -1,0 +1,180 @@
+"""What a run would read, write, need and take, before its first minute; and a refusal where it cannot finish.
+
+Times come from rates that are measured while the dry run asks (disk read and write, float32 matrix products), never
+from memory of another machine. Arithmetic: two floating point operations per active parameter and token; streamed
+stages overlap reading with computing, so that the larger of the two decides.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gemcut import machine, records, stages, store
+from gemcut.checkpoint.read import Checkpoint
+from gemcut.errors import MissingError
+from gemcut.recipe import STAGES, Observe, Recipe
+from gemcut.types import Plan
+
+if TYPE_CHECKING:
+    from gemcut.stream.corpus import Corpus
+
+# Share of the float32 product rate that a streamed forward pass reaches: attention, norms and routing are not products.
+_EFFICIENCY = 0.35
+_CUT_MEMORY_BYTES = 512 << 20  # the bound that bench/bench_cut.py holds
+_KLD_EXTRA_BYTES = 1 << 30
+_LIGHT_MEMORY_BYTES = 400 << 20
+_SMALL_WRITE_BYTES = 4 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class StageCost:
+    """One stage: bytes, peak memory, seconds (None where nothing sensible can be said)."""
+
+    name: str
+    state: str  # "to do" or "not asked for"
+    read_bytes: int
+    write_bytes: int
+    memory_bytes: int
+    seconds: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Preflight:
+    """The whole run."""
+
+    stages: tuple[StageCost, ...]
+    write_bytes: int
+    free_bytes: int
+    memory_bytes: int
+    available_bytes: int
+    basis: str
+
+
+def estimate(recipe: Recipe, runs: Path, *, until: str = "report") -> Preflight:
+    """Costs of every stage of a recipe up to `until`.
+
+    Raises:
+        MissingError: the disk or the memory is too small for it.
+    """
+    base = stages.open_model(recipe.model)
+    corpus = stages.read_corpus(
+        recipe.observe.corpus, base, recipe.observe.max_tokens, recipe.observe.max_tokens_per_item
+    )
+    rates = machine.measure_rates(base.path / next(iter(base.shards)), runs)
+    choices = 1 + len(recipe.compare)
+    kept = kept_bytes(base, recipe.plan.keep)
+    costs = [_observe(base, corpus, recipe.observe, rates)]
+    costs.append(StageCost("plan", "", 0, choices * _SMALL_WRITE_BYTES, _LIGHT_MEMORY_BYTES, None))
+    costs.append(_copy("cut", choices * base.size_bytes, choices * kept, rates))
+    costs.append(_copy("verify", base.size_bytes + kept, _SMALL_WRITE_BYTES, rates))
+    if recipe.kld is not None:
+        text = stages.read_corpus(recipe.kld.corpus, base, recipe.kld.max_tokens, recipe.kld.max_tokens_per_item)
+        costs.append(_kld(base, text, choices, kept, recipe.kld.dtype, rates))
+    costs.append(StageCost("report", "", 0, _SMALL_WRITE_BYTES, _LIGHT_MEMORY_BYTES, None))
+    last = STAGES.index(until) if until in STAGES else len(STAGES)
+    return _whole(
+        [_stated(cost, "to do" if STAGES.index(cost.name) <= last else "not asked for") for cost in costs], runs, rates
+    )
+
+
+def estimate_observe(base: Checkpoint, corpus: Corpus, words: Observe, out: Path) -> Preflight:
+    """Costs of one observation."""
+    rates = machine.measure_rates(base.path / next(iter(base.shards)), out)
+    return _whole([_stated(_observe(base, corpus, words, rates), "to do")], out, rates)
+
+
+def estimate_cut(base: Checkpoint, plan_file: Path, out: Path) -> Preflight:
+    """Costs of one cut; the plan is read and its counts are used."""
+    plan = records.load_plan(plan_file)
+    rates = machine.measure_rates(base.path / next(iter(base.shards)), out)
+    return _whole([_stated(_copy("cut", base.size_bytes, planned_bytes(base, plan), rates), "to do")], out, rates)
+
+
+def active_parameters(base: Checkpoint) -> int:
+    """Parameters that one token multiplies with: routed experts count top-k of their number; the embedding once."""
+    total = routed = 0
+    for ref in base.tensors.values():
+        part = base.family.component(ref.name)
+        if part == "vision":
+            continue
+        total += ref.elements
+        routed += ref.elements if part == "experts" else 0
+    units = next((site.units for site in base.sites if site.kind == "experts"), 1)
+    return total - routed + routed * base.family.top_k(base.text_config) // units
+
+
+def kept_bytes(base: Checkpoint, keep: int) -> int:
+    """Size after keeping `keep` experts per layer."""
+    gone = 0
+    for site in base.sites:
+        if site.kind == "experts":
+            gone += sum(base.tensors[part.name].size_bytes for part in site.slices) * (site.units - keep) // site.units
+    return base.size_bytes - gone
+
+
+def planned_bytes(base: Checkpoint, plan: Plan) -> int:
+    """Size after a plan."""
+    counts = [len(layer.keep) for layer in plan.layers.values()]
+    return kept_bytes(base, counts[0]) if counts and plan.kind == "experts" else base.size_bytes
+
+
+def _observe(base: Checkpoint, corpus: Corpus, words: Observe, rates: machine.Rates) -> StageCost:
+    from gemcut import observe as room
+
+    settings = stages.observe_settings(words)
+    need = room.observe_memory_bytes(base, corpus, settings)
+    written = room.observe_disk_bytes(base, corpus, settings)
+    compute = 2 * active_parameters(base) * corpus.tokens / (rates.flops * _EFFICIENCY)
+    reading = base.size_bytes / rates.read if rates.read else 0.0
+    return StageCost("observe", "", base.size_bytes, written, need, max(compute, reading))
+
+
+def _kld(base: Checkpoint, text: Corpus, choices: int, kept: int, dtype: str, rates: machine.Rates) -> StageCost:
+    passes = 2 * active_parameters(base) * text.tokens * (1 + choices)
+    read = base.size_bytes + choices * kept
+    widest = 4 if dtype == "float32" else 2
+    layer = max(_layer_bytes(base)) * widest // 2
+    hidden = text.tokens * int(str(base.text_config.get("hidden_size", 0))) * widest * (1 + choices)
+    seconds = max(passes / (rates.flops * _EFFICIENCY), read / rates.read if rates.read else 0.0)
+    return StageCost("kld", "", read, _SMALL_WRITE_BYTES, 2 * layer + hidden + _KLD_EXTRA_BYTES, seconds)
+
+
+def _layer_bytes(base: Checkpoint) -> list[int]:
+    layers = sorted({site.layer for site in base.sites})
+    prefixes = [base.family.layer_prefix(base.tensors, layer) for layer in layers]
+    return [sum(r.size_bytes for r in base.tensors.values() if r.name.startswith(prefix)) for prefix in prefixes] or [0]
+
+
+def _copy(name: str, read: int, written: int, rates: machine.Rates) -> StageCost:
+    seconds = None
+    if rates.read and rates.write:
+        seconds = read / rates.read + written / rates.write
+    return StageCost(name, "", read, written, _CUT_MEMORY_BYTES, seconds)
+
+
+def _stated(cost: StageCost, state: str) -> StageCost:
+    return StageCost(cost.name, state, cost.read_bytes, cost.write_bytes, cost.memory_bytes, cost.seconds)
+
+
+def _whole(costs: list[StageCost], out: Path, rates: machine.Rates) -> Preflight:
+    asked = [cost for cost in costs if cost.state == "to do"]
+    written = sum(cost.write_bytes for cost in asked)
+    memory = max((cost.memory_bytes for cost in asked), default=0)
+    store.need_disk(out, written)
+    if memory > machine.total_bytes():
+        hungry = max(asked, key=lambda cost: cost.memory_bytes)
+        raise MissingError(
+            "not enough memory",
+            where=f"stage {hungry.name}",
+            got=f"{machine.total_bytes() / 2**30:.1f} GiB",
+            wanted=f"{memory / 2**30:.1f} GiB",
+            hint="lower max_memory_gib or max_tokens",
+        )
+    read = f"{rates.read / 1e9:.1f} GB/s read" if rates.read else "read rate unknown"
+    write = f"{rates.write / 1e9:.1f} GB/s write" if rates.write else "write rate unknown"
+    basis = f"rates measured now: {read}, {write}, {rates.flops / 1e9:.0f} GFLOP/s"
+    if machine.load() > 1.0:
+        basis += "; the machine is loaded, so that times are too long rather than too short"
+    return Preflight(tuple(costs), written, store.free_bytes(out), memory, machine.available_bytes(), basis)

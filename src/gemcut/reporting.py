@@ -1,0 +1,136 @@
+"""Fill the report's one input from what the stages left in the run folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import yaml
+
+from gemcut import machine, records
+from gemcut.checkpoint.read import Checkpoint
+from gemcut.families.base import COMPONENTS
+from gemcut.recipe import Recipe, resolved
+from gemcut.report import Check, CriterionNote, KldEntry, ModelFacts, ReportData, StageTime, write_report
+from gemcut.score import CRITERIA
+from gemcut.types import KldResult, Plan, Scores
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """What the plan stage of one criterion left behind."""
+
+    plan: Plan
+    scores: Scores
+    keep_probability: np.ndarray[tuple[int, ...], np.dtype[np.float64]] | None
+    protected: Mapping[str, np.ndarray[tuple[int, ...], np.dtype[np.bool_]]]
+
+
+def model_facts(checkpoint: Checkpoint) -> ModelFacts:
+    """What the headers say of one checkpoint, for people."""
+    sizes = dict.fromkeys(COMPONENTS, 0)
+    parameters = routed = 0
+    for ref in checkpoint.tensors.values():
+        part = checkpoint.family.component(ref.name)
+        sizes[part] += ref.size_bytes
+        parameters += ref.elements
+        routed += ref.elements if part == "experts" else 0
+    units = next((site.units for site in checkpoint.sites if site.kind == "experts"), None)
+    top_k = checkpoint.family.top_k(checkpoint.text_config)
+    largest = max(checkpoint.tensors.values(), key=lambda ref: ref.size_bytes)
+    card = _card_facts(checkpoint.path)
+    hub = checkpoint.name if "/" in checkpoint.name else None
+    architectures = checkpoint.config.get("architectures")
+    return ModelFacts(
+        name=checkpoint.name,
+        architecture=str(architectures[0]) if isinstance(architectures, list) and architectures else "",
+        dtype=largest.dtype,
+        parameters=parameters,
+        size_bytes=checkpoint.size_bytes,
+        components={name: size for name, size in sizes.items() if size},
+        layers=len({site.layer for site in checkpoint.sites}),
+        fingerprint=checkpoint.fingerprint,
+        units=units,
+        top_k=top_k or None,
+        active_parameters=parameters - routed + routed * top_k // units if units else parameters,
+        hub_id=hub.partition("@")[0] if hub else None,
+        licence=card.get("licence"),
+        pipeline_tag=card.get("pipeline_tag"),
+    )
+
+
+def _card_facts(folder: Path) -> dict[str, str | None]:
+    """Licence and pipeline tag as the base's own card states them; None where it does not."""
+    try:
+        text = (folder / "README.md").read_text("utf-8")
+        head = text.split("---", 2)[1] if text.startswith("---") else ""
+        front = yaml.safe_load(head) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, IndexError):
+        front = {}
+    if not isinstance(front, dict):
+        front = {}
+    return {
+        "licence": str(front["license"])[:80] if front.get("license") else None,
+        "pipeline_tag": str(front["pipeline_tag"])[:80] if front.get("pipeline_tag") else None,
+    }
+
+
+def write(
+    recipe: Recipe,
+    base: Checkpoint,
+    candidate: Checkpoint,
+    *,
+    statistics: Path,
+    planned: Mapping[str, Planned],
+    checks: Sequence[Check],
+    measured: Mapping[str, KldResult],
+    times: Sequence[tuple[str, float, int]],
+    out: Path,
+) -> Path:
+    """Write the page and the card; returns index.html."""
+    chosen = recipe.score.name
+    main = planned[chosen]
+    keep = recipe.plan.keep
+    stats = records.load_statistics(statistics)
+    words = [recipe.score, *recipe.compare]
+    used = {word.criterion for word in words}
+    data = ReportData(
+        title=recipe.report.title or f"{base.name}: {main.plan.units} → {keep} experts",
+        base=model_facts(base),
+        candidate=model_facts(candidate),
+        plan=main.plan,
+        scores={main.plan.criterion: main.scores},
+        statistics=stats,
+        keep_probability=main.keep_probability,
+        bootstrap_rounds=recipe.plan.guards.bootstrap if main.keep_probability is not None else 0,
+        protected=main.protected,
+        kld=tuple(KldEntry(name, measured[name]) for name in planned if name in measured),
+        chosen=chosen if chosen in measured else None,
+        manifest=records.load_manifest(candidate.path / "manifest.json"),
+        checks=tuple(checks),
+        stages=tuple(StageTime(name, seconds, peak) for name, seconds, peak in times),
+        recipe=resolved(recipe),
+        commands=(f"gemcut run {recipe.name}",),
+        versions={"gemcut": _version(), **machine.stack()},
+        seeds={
+            "bootstrap of the plan": recipe.plan.guards.seed,
+            **({"bootstrap of the KLD": recipe.kld.seed} if recipe.kld else {}),
+        },
+        criteria=tuple(CriterionNote(name, one.about, one.source) for name, one in CRITERIA.items() if name in used),
+        calibration_corpus=_corpus_name(recipe.observe.corpus),
+        evaluation_corpus=_corpus_name(recipe.kld.corpus) if recipe.kld else "",
+    )
+    return write_report(data, out, force=True).index_html
+
+
+def _corpus_name(ref: str) -> str:
+    """A shipped name as it is; of a path only the file."""
+    return ref if ref.startswith("demo:") else Path(ref).name
+
+
+def _version() -> str:
+    from gemcut import __version__
+
+    return __version__

@@ -1,0 +1,347 @@
+"""One function per stage, used by the verbs and by the pipeline alike: open, call the room, keep the result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from safetensors.numpy import load as load_tensors
+from safetensors.numpy import save as save_tensors
+
+from gemcut import plan as planning
+from gemcut import records, score, shipped, store
+from gemcut.checkpoint import diff as diffing
+from gemcut.checkpoint import hub, inspect, verify
+from gemcut.checkpoint.read import Checkpoint, open_checkpoint
+from gemcut.errors import UsageError
+from gemcut.recipe import Choice, GuardWords, Measure, Observe, PlanWords
+from gemcut.surgery import cut as surgery
+from gemcut.types import Estimate, Json, KldResult, Manifest, Plan
+
+if TYPE_CHECKING:
+    from gemcut.reporting import Planned as Kept
+    from gemcut.stream.corpus import Corpus
+
+Progress = Callable[[int, int, str], None]
+
+PLAN = "plan.json"
+SCORES = "scores"
+DOUBT = "doubt.safetensors"  # keep probabilities and guarded units of the plan beside it
+
+
+# ---------------------------------------------------------------- in
+
+
+def open_model(ref: str) -> Checkpoint:
+    """A shipped model, a local folder, or a hub id, in this order; headers only."""
+    local = shipped.model_path(ref)
+    if local is not None:
+        return open_checkpoint(local, ref)
+    found = hub.resolve(ref)
+    return open_checkpoint(found.path, found.name)
+
+
+def read_corpus(ref: str, base: Checkpoint, max_tokens: int | None, max_tokens_per_item: int) -> Corpus:
+    """Token rows of a corpus under the model's own tokenizer and template."""
+    from gemcut.stream.corpus import load_corpus
+
+    return load_corpus(
+        shipped.corpus_path(ref), base.path, max_tokens_per_item=max_tokens_per_item, max_tokens=max_tokens
+    )
+
+
+# ---------------------------------------------------------------- observe
+
+
+def observe(
+    base: Checkpoint,
+    corpus: Corpus,
+    out: Path,
+    words: Observe,
+    *,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> Path:
+    """The streamed pass; goes on where a killed one stopped."""
+    from gemcut import observe as room
+
+    room.observe(base, corpus, out, settings=observe_settings(words), force=force, progress=progress)
+    return out
+
+
+def observe_settings(words: Observe) -> room.Settings:  # type: ignore[name-defined]  # noqa: F821
+    """The room's settings from the recipe's words."""
+    from gemcut import observe as room
+
+    return room.Settings(
+        device=words.device,
+        dtype=None if words.dtype == "auto" else words.dtype,
+        max_memory_bytes=None if words.max_memory_gib is None else int(words.max_memory_gib * 2**30),
+        batch_tokens=words.batch_tokens,
+        gram_tokens=words.gram_tokens,
+    )
+
+
+def statistics_summary(folder: Path) -> dict[str, Json]:
+    """What an observation holds, for people."""
+    meta = records.load_statistics(folder).meta
+    per_class = {cls: sum(q.tokens for q in meta.questions if q.cls == cls) for cls in meta.classes}
+    return {
+        "tokens": meta.tokens,
+        "items": len(meta.questions),
+        "tokens_per_class": dict(per_class),
+        "layers": len(meta.layers),
+        "experts": meta.experts,
+        "top_k": meta.top_k,
+        "truncated_items": meta.truncated_items,
+        "corpus_hash": meta.corpus_hash,
+        "model_fingerprint": meta.model_fingerprint,
+    }
+
+
+# ---------------------------------------------------------------- score and plan
+
+
+def criteria() -> dict[str, str]:
+    """Names of the criteria and what each says in one line."""
+    return {name: one.about for name, one in score.CRITERIA.items()}
+
+
+def criterion_text(name: str) -> str:
+    """Definition, source and parameters of one criterion."""
+    one = score.CRITERIA[name]
+    lines = [f"{name}: {one.about}", "", one.text.strip(), "", f"source: {one.source}"]
+    if one.params:
+        lines += ["", "parameters:"]
+        lines += [f"  {key} = {param.default!r}" for key, param in one.params.items()]
+    return "\n".join(lines)
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreRow:
+    """One layer under one criterion. agreement: share of its drops, at half the experts, that frequency drops too."""
+
+    criterion: str
+    layer: int
+    best: tuple[int, ...]
+    worst: tuple[int, ...]
+    agreement: float
+
+
+def score_table(
+    statistics: Path, criterion: str, params: Mapping[str, object], out: Path | None, *, force: bool = False
+) -> list[ScoreRow]:
+    """Best and worst experts per layer, of one criterion or of all."""
+    stats = records.load_statistics(statistics)
+    if criterion == "all":
+        if out is not None or params:
+            raise UsageError("-o and --param need one criterion", got="all", hint="--criterion NAME")
+        found = score.score_all(stats)
+    else:
+        found = (score.score(stats, criterion, **params),)
+        if out is not None:
+            records.save_scores(found[0], out, force=force)
+    half = stats.meta.experts // 2
+    common = np.argsort(score.score(stats, "frequency").values, axis=1, kind="stable")[:, :half]
+    rows = []
+    for one in found:
+        order = np.argsort(one.values, axis=1, kind="stable")
+        for i, layer in enumerate(one.layers):
+            shared = len(set(order[i, :half].tolist()) & set(common[i].tolist())) / max(half, 1)
+            rows.append(
+                ScoreRow(
+                    one.criterion,
+                    layer,
+                    tuple(int(u) for u in order[i, ::-1][:6]),
+                    tuple(int(u) for u in order[i, :6]),
+                    shared,
+                )
+            )
+    return rows
+
+
+def guards(words: GuardWords) -> planning.Guards:
+    """The room's guards from the recipe's words."""
+    return planning.Guards(super_factor=words.super_factor, class_floor=words.class_floor)
+
+
+def plan_experts(statistics: Path, choice: Choice, words: PlanWords) -> planning.Planned:
+    """Score by one criterion and decide which experts stay."""
+    stats = records.load_statistics(statistics)
+    params: dict[str, object] = dict(choice.params)
+    if "keep" in score.criterion_named(choice.criterion).params:
+        params.setdefault("keep", words.keep)
+    scores = score.score(stats, choice.criterion, **params)
+    resampled = score.resample(stats, scores, words.guards.bootstrap, words.guards.seed)
+    return planning.plan_experts(scores, words.keep, guards=guards(words.guards), stats=stats, resampled=resampled)
+
+
+def plan(statistics: Path, choice: Choice, words: PlanWords, folder: Path, *, force: bool = False) -> planning.Planned:
+    """`plan_experts`, kept in a folder: plan.json, scores, and how sure each decision is."""
+    planned = plan_experts(statistics, choice, words)
+    records.save_scores(planned.scores, folder / SCORES, force=force)
+    doubt: dict[str, np.ndarray] = {}  # type: ignore[type-arg]
+    if planned.keep_probability is not None:
+        doubt["keep_probability"] = planned.keep_probability
+    for (row, unit), reason in planned.guarded.reasons.items():
+        name = "guard:" + guard_name(reason, planned.scores.why)
+        doubt.setdefault(name, np.zeros(planned.scores.values.shape, np.bool_))[row, unit] = True
+    doubt.setdefault("none", np.zeros(1, np.bool_))
+    store.write_bytes(folder / DOUBT, save_tensors(doubt))
+    save_plan(planned.plan, folder / PLAN, force=force)
+    return planned
+
+
+def guard_name(reason: str, own: str) -> str:
+    """Which guard a reason comes from."""
+    if reason.startswith("super expert"):
+        return "super expert"
+    if reason.startswith("among the best"):
+        return "class floor"
+    return own or "criterion's own floor"
+
+
+def load_planned(folder: Path) -> Kept:
+    """What `plan` kept."""
+    from gemcut.reporting import Planned as Kept
+
+    tensors = load_tensors((folder / DOUBT).read_bytes())
+    return Kept(
+        plan=records.load_plan(folder / PLAN),
+        scores=records.load_scores(folder / SCORES),
+        keep_probability=tensors.get("keep_probability"),
+        protected={name.removeprefix("guard:"): mask for name, mask in tensors.items() if name.startswith("guard:")},
+    )
+
+
+def save_plan(plan: Plan, path: Path, *, force: bool = False) -> None:
+    """plan.json, never over an existing one without `force`."""
+    records.save_plan(plan, path, force=force)
+
+
+def explain(planned: planning.Planned, statistics: Path, layer: int, unit: int) -> planning.Explanation:
+    """Why one unit stays or goes, under this plan and under every other criterion."""
+    stats = records.load_statistics(statistics)
+    others = [one for one in score.score_all(stats) if one.criterion != planned.scores.criterion]
+    return planning.explain(planned, planned.scores, stats, layer, unit, others=others)
+
+
+def diff_plans(a: Path, b: Path) -> planning.PlanDiff:
+    """Drop by drop between two plan files."""
+    return planning.diff_plans(records.load_plan(a), records.load_plan(b))
+
+
+# ---------------------------------------------------------------- checkpoints
+
+
+def inspection(ref: str) -> inspect.Inspection:
+    """What a checkpoint is; headers only."""
+    return inspect.inspect(open_model(ref))
+
+
+def cut(
+    base: Checkpoint,
+    plan_file: Path,
+    out: Path,
+    *,
+    link: bool = True,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> Manifest:
+    """Write the cut checkpoint; the manifest comes from its bytes."""
+    return surgery.cut(base, records.load_plan(plan_file), out, link=link, force=force, progress=progress)
+
+
+def verify_cut(
+    model: Path, base: Checkpoint, plan_file: Path | None, *, progress: Progress | None = None
+) -> verify.VerifyReport:
+    """Bytes against intent and record; CheckpointError where they disagree."""
+    candidate = open_checkpoint(model)
+    if plan_file is None:
+        return verify.verify(candidate, base, progress=progress)
+    return surgery.verify_plan(candidate, base, records.load_plan(plan_file), progress=progress)
+
+
+def diff(a: str, b: str, *, progress: Progress | None = None) -> Manifest:
+    """Tensor by tensor between two checkpoints, of whatever architecture."""
+    return diffing.diff(_open_any(a), _open_any(b), progress=progress)
+
+
+def _open_any(ref: str) -> Checkpoint:
+    local = shipped.model_path(ref)
+    found = hub.resolve(ref) if local is None else None
+    path = local if found is None else found.path
+    assert path is not None
+    return open_checkpoint(path, ref if found is None else found.name, any_architecture=True)
+
+
+# ---------------------------------------------------------------- measure
+
+
+def candidate_names(refs: tuple[str, ...]) -> dict[str, Path]:
+    """Names for candidate folders: the last part of each path, made unique."""
+    out: dict[str, Path] = {}
+    for ref in refs:
+        path = shipped.model_path(ref) or Path(ref)
+        name = ref if ref.startswith("demo:") else path.resolve().name
+        if name in out or name == "model":
+            name = "/".join(path.resolve().parts[-2:])
+        while name in out:
+            name += "'"
+        out[name] = path
+    return out
+
+
+def kld(
+    base: Checkpoint,
+    candidates: Mapping[str, Path],
+    corpus: Corpus,
+    words: Measure,
+    folder: Path | None,
+    *,
+    progress: Progress | None = None,
+) -> dict[str, KldResult]:
+    """All candidates against the base in one lockstep pass; kept as one JSON per candidate."""
+    from gemcut.evaluate.kld import kld as measure
+
+    models = [open_checkpoint(path, name) for name, path in candidates.items()]
+    results = measure(
+        base,
+        models,
+        corpus,
+        device=words.device,
+        dtype=None if words.dtype == "auto" else words.dtype,
+        seed=words.seed,
+        progress=progress,
+    )
+    named = dict(zip(candidates, results, strict=True))
+    if folder is not None:
+        for name, result in named.items():
+            records.save_kld(result, folder / kld_file(name))
+    return named
+
+
+def kld_file(name: str) -> str:
+    """File name of one candidate's result."""
+    return "kld-" + "".join(c if c.isalnum() or c in "._-" else "-" for c in name) + ".json"
+
+
+def measured(folder: Path, names: list[str]) -> dict[str, KldResult]:
+    """What `kld` kept."""
+    return {name: records.load_kld(folder / kld_file(name)) for name in names}
+
+
+def mean_kld(folder: Path, name: str) -> Estimate:
+    """Mean KLD over all classes of one candidate."""
+    rows = records.load_kld(folder / kld_file(name)).rows
+    return next(row.mean for row in rows if row.cls == "all")
+
+
+def devices() -> list[str]:
+    """Devices that torch sees."""
+    from gemcut.stream.device import names
+
+    return names()
