@@ -127,7 +127,7 @@ def resample(stats: Statistics, scores: Scores, draws: int = 200, seed: int = 0)
     try:
         for b in range(draws):
             out[b] = chosen.rank(whole.draw(rng), scores.params).values
-    except UsageError as error:
+    except (QualityError, UsageError) as error:
         log.warning("no keep probabilities for %s: %s", scores.criterion, error.what)
         return None
     return out
