@@ -1,0 +1,148 @@
+"""The model card: README.md with front matter, in the order that readers know. Numbers only from the data."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+import jinja2
+import yaml
+
+from gemcut.report import method, tables
+from gemcut.report.data import ReportData
+from gemcut.report.figures import Drawing
+from gemcut.report.tables import Table, change, count, interval, parameters, size
+from gemcut.report.text import Markdown, code_block, code_span, escape_markdown, plain
+from gemcut.types import Estimate, Json
+
+
+def front_matter(data: ReportData) -> dict[str, Json]:
+    """What the hub reads: base model, library, tags, and the base's licence where the base states one."""
+    matter: dict[str, Json] = {}
+    if data.base.licence is not None:
+        matter["license"] = plain(data.base.licence)
+    if data.base.hub_id is not None:
+        matter["base_model"] = plain(data.base.hub_id)
+        matter["base_model_relation"] = "finetune"
+    matter["library_name"] = "transformers"
+    if data.base.pipeline_tag is not None:
+        matter["pipeline_tag"] = plain(data.base.pipeline_tag)
+    tags: list[Json] = ["gemcut"]
+    if data.plan is not None:
+        tags += ["pruned", "expert-pruning" if data.kind == "experts" else "head-pruning"]
+    if data.base.top_k:
+        tags.append("moe")
+    matter["tags"] = tags
+    return matter
+
+
+def comparison(data: ReportData) -> Table:
+    """Base and this model side by side. Exact quantities have no interval; measured ones have it, and n."""
+    base, cut = data.base, data.candidate
+    rows = [
+        ("Size on disk", size(base.size_bytes), size(cut.size_bytes), change(base.size_bytes, cut.size_bytes)),
+        (
+            "Parameters",
+            parameters(base.parameters),
+            parameters(cut.parameters),
+            change(base.parameters, cut.parameters),
+        ),
+    ]
+    if base.active_parameters is not None and cut.active_parameters is not None:
+        a, b = base.active_parameters, cut.active_parameters
+        rows.append(("Active parameters per token", parameters(a), parameters(b), change(a, b)))
+    if base.units is not None and cut.units is not None:
+        name = tables.units_name(data).capitalize()
+        delta = tables.signed(cut.units - base.units, 0)
+        rows.append((f"{name} per layer", str(base.units), str(cut.units), delta))
+    if base.top_k is not None and cut.top_k is not None:
+        rows.append(("Experts per token", str(base.top_k), str(cut.top_k), tables.signed(cut.top_k - base.top_k, 0)))
+    row = data.entry.row() if data.entry else None
+    if row is not None:
+        n = f"n = {count(row.mean.n)} chunks"
+        floor = data.noise_floor.row() if data.noise_floor else None
+        own = interval(floor.mean) if floor else "0 by definition"
+        kld, p99, ppl = (interval(value, sign=True) for value in (row.mean, row.p99, row.ln_ppl_ratio))
+        rows += [
+            (f"Mean KLD from the base, nats per token ({n})", own, interval(row.mean), kld),
+            (f"99th percentile of the KLD, nats ({n})", "0 by definition", interval(row.p99), p99),
+            (f"ln PPL ratio ({n})", "0 by definition", ppl, ppl),
+            (
+                f"Same most likely token, % ({n})",
+                "100 by definition",
+                interval(row.same_top, scale=100),
+                _less(row.same_top),
+            ),
+        ]
+    return Table(("", "Base", "This model", "Δ"), tuple(rows), "lrrr")
+
+
+def _less(share: Estimate) -> str:
+    """The share's distance from 1, in percentage points with its interval."""
+    return interval(Estimate(share.value - 1, share.low - 1, share.high - 1, share.n), scale=100, sign=True) + " pp"
+
+
+def markdown_table(table: Table, code: Sequence[int] = ()) -> Markdown:
+    """A GitHub table; `code` names the columns that are code spans; the chosen row is bold."""
+
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(cells) + " |"
+
+    marks = ["---:" if letter == "r" else ":---" for letter in table.align]
+    lines = [line([escape_markdown(name) or " " for name in table.columns]), line(marks)]
+    for i, row in enumerate(table.rows):
+        cells: list[str] = [code_span(cell) if c in code else escape_markdown(cell) for c, cell in enumerate(row)]
+        lines.append(line([f"**{cell}**" if i == table.chosen and cell else cell for cell in cells]))
+    return Markdown("\n".join(lines))
+
+
+def snippet(data: ReportData) -> str:
+    """Python that loads the folder with stock transformers and answers one question."""
+    folder = plain(data.candidate.name)
+    auto = data.candidate.auto_class if data.candidate.auto_class.isidentifier() else "AutoModelForCausalLM"
+    names = ", ".join(sorted(("AutoTokenizer", auto)))
+    return f"""from transformers import {names}
+
+folder = {json.dumps(folder, ensure_ascii=False)}
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = {auto}.from_pretrained(folder, dtype="auto")
+
+messages = [{{"role": "user", "content": "Explain what an expert of a mixture is."}}]
+inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+output = model.generate(**inputs.to(model.device), max_new_tokens=256)
+print(tokenizer.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
+"""
+
+
+def render_card(data: ReportData, drawings: Sequence[Drawing] = (), figures: str | None = None) -> str:
+    """README.md as text. `figures`: folder of the SVG files, relative to the card; None leaves the pictures out."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("gemcut.report"),
+        autoescape=False,  # Markdown: every printed value goes through escape_markdown instead
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        finalize=escape_markdown,
+    )
+    pictures = {
+        d.name: Markdown(f"![{escape_markdown(d.caption)}]({figures}/{d.name}.svg)") for d in drawings if figures
+    }
+    environment.globals.update(table=markdown_table, code_span=code_span, code_block=code_block)
+    return environment.get_template("card.md.j2").render(
+        data=data,
+        matter=Markdown(yaml.safe_dump(front_matter(data), sort_keys=False, allow_unicode=True).rstrip("\n")),
+        headline=tables.headline(data),
+        comparison=comparison(data),
+        changed=method.manifest_sentence(data),
+        changes=tables.change_rows(data),
+        config=method.config_rows(data),
+        checks=method.check_rows(data),
+        criteria=tables.criteria_rows(data),
+        classes=tables.class_rows(data),
+        method=method.method_rows(data),
+        limits=method.limits(data),
+        files=method.file_rows(data),
+        pictures=pictures,
+        snippet=snippet(data),
+    )
