@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import logging
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from gemcut.errors import CheckpointError, MissingError, UsageError
+from gemcut.errors import MissingError, UsageError
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +36,6 @@ def resolve(ref: str) -> ResolvedModel:
     Raises:
         UsageError: neither a folder nor a Hub id, or the Hub has no such model or revision.
         MissingError: no network and not cached, or a gated model without a token.
-        CheckpointError: the model has only pickled weights.
     """
     if not ref.startswith("hf://"):
         folder = Path(ref).expanduser()
@@ -58,32 +56,21 @@ def resolve(ref: str) -> ResolvedModel:
 
 def _from_hub(repo: str, revision: str | None) -> ResolvedModel:
     # imported here: it takes longer than everything a local folder needs
-    import httpx
-    from huggingface_hub import HfApi, constants, snapshot_download
-    from huggingface_hub.errors import (
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError is the HTTP client's own
         GatedRepoError,
-        HfHubHTTPError,
         HFValidationError,
+        HTTPError,
         LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
 
     where = f"hf://{repo}" + (f"@{revision}" if revision else "")
-    cached_only = bool(constants.HF_HUB_OFFLINE)
     try:
-        if not cached_only:
-            try:
-                info = HfApi().model_info(repo, revision=revision)
-                _refuse_pickles([s.rfilename for s in info.siblings or []], where)
-                revision = info.sha or revision
-            except (httpx.TransportError, OfflineModeIsEnabled):
-                log.warning("the Hub cannot be reached; looking for %s in the local cache", where)
-                cached_only = True
-        folder = snapshot_download(
-            repo, revision=revision, local_files_only=cached_only, ignore_patterns=_IGNORED, tqdm_class=None
-        )
+        # A branch is resolved to its commit once, every file is taken from that commit, and the cache remembers
+        # the branch for the next run without a network.
+        folder = Path(snapshot_download(repo, revision=revision, ignore_patterns=_IGNORED))
     except GatedRepoError:
         raise MissingError(
             "the model is gated", where=where, hint=f"accept its licence at {constants.ENDPOINT}/{repo}, set HF_TOKEN"
@@ -98,23 +85,13 @@ def _from_hub(repo: str, revision: str | None) -> ResolvedModel:
         raise UsageError(f"not a Hub id: {str(error).splitlines()[0]}", where=where) from None
     except LocalEntryNotFoundError:
         raise MissingError(
-            "the model is not in the local cache, and the Hub cannot be reached",
+            "the model is not in the local cache, and the Hub cannot be reached"
+            + (" (HF_HUB_OFFLINE is set)" if constants.HF_HUB_OFFLINE else ""),
             where=where,
-            hint="unset HF_HUB_OFFLINE, or download it where there is a network and name the folder",
+            hint="download it where there is a network, and name the folder",
         ) from None
-    except (HfHubHTTPError, httpx.HTTPError) as error:
-        raise MissingError(f"the Hub answered with an error: {str(error).splitlines()[0]}"[:300], where=where) from None
-    commit = os.path.basename(folder)
-    log.info("%s is the Hub's %s at commit %s", where, repo, commit)
-    return ResolvedModel(Path(folder), repo, commit, "hub")
-
-
-def _refuse_pickles(files: list[str], where: str) -> None:
-    if files and not any(f.endswith(".safetensors") for f in files):
-        pickles = [f for f in files if f.endswith((".bin", ".pt", ".pth", ".ckpt"))]
-        raise CheckpointError(
-            "the weights are pickles, which are never read" if pickles else "the model has no safetensors weights",
-            where=where,
-            got=", ".join(pickles[:2]) or f"{len(files)} files",
-            hint="convert them to safetensors, in a place you trust, and point here",
-        )
+    except HTTPError as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0][:200]
+        raise MissingError(f"the Hub answered with an error: {reason}", where=where) from None
+    log.info("%s is the Hub's %s at commit %s", where, repo, folder.name)
+    return ResolvedModel(folder, repo, folder.name, "hub")

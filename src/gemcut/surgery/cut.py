@@ -87,8 +87,8 @@ def check_plan(plan: Plan, base: Checkpoint) -> Mapping[int, Site]:
         raise CheckpointError(
             f"the plan and the checkpoint disagree about the layers that have {plan.kind}",
             where=base.name,
-            got=f"{len(plan.layers)} layers planned, {f'{strange[0]} among them' if strange else f'without {absent[:1]}'}",
-            wanted=f"{len(sites)} layers",
+            got=f"a plan for {len(plan.layers)} layers",
+            wanted=f"{len(sites)} layers; see layer {(strange or absent or [0])[0]}",
         )
     for layer, one in sorted(plan.layers.items()):
         if plan.units != sites[layer].units:
