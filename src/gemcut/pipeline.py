@@ -20,9 +20,11 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from gemcut import machine, stages, store
+from gemcut.checkpoint import Checkpoint, open_checkpoint
 from gemcut.errors import QualityError, UsageError
 from gemcut.recipe import STAGES, Choice, Recipe, resolved
 from gemcut.types import Json, KldResult
@@ -89,7 +91,7 @@ class _Stages:
         label: str,
         params: Mapping[str, object],
         parents: tuple[str, ...],
-        build: Callable[[Path], None],
+        build: Callable[[Path], object],
     ) -> Stage:
         version = VERSIONS[name]
         plain: dict[str, Json] = json.loads(store.canonical_json(dict(params)))
@@ -195,22 +197,20 @@ def _run(result: Run, until: str, force: bool, progress: Progress | None) -> Non
             choice.name,
             {"choice": choice.model_dump(mode="json"), "plan": recipe.plan.model_dump(mode="json")},
             (observed.key,),
-            lambda folder, choice=choice: stages.plan(statistics, choice, recipe.plan, folder, force=True),  # type: ignore[misc]
+            partial(stages.plan, statistics, choice, recipe.plan, force=True),
         )
     if last < STAGES.index("cut"):
         return
 
     cuts: dict[str, Stage] = {}
     for choice in choices:
-        plan_file = plans[choice.name].folder / "plan.json"
+        plan_file = plans[choice.name].folder / stages.PLAN
         cuts[choice.name] = stage(
             "cut",
             choice.name,
             {"model": base.fingerprint, "plan": store.sha256_file(plan_file), **recipe.cut.model_dump(mode="json")},
             (plans[choice.name].key,),
-            lambda folder, plan_file=plan_file: stages.cut(  # type: ignore[misc]
-                base, plan_file, folder / "model", link=recipe.cut.link, force=True, progress=progress
-            ),
+            partial(_cut, base, plan_file, recipe.cut.link, progress),
         )
     chosen = result.chosen = choices[0].name
     result.model = cuts[chosen].folder / "model"
@@ -222,8 +222,8 @@ def _run(result: Run, until: str, force: bool, progress: Progress | None) -> Non
         chosen,
         {"model": base.fingerprint},
         (cuts[chosen].key,),
-        lambda folder: stages.verify(
-            cuts[chosen].folder / "model", base, plans[chosen].folder / "plan.json", folder, progress=progress
+        lambda folder: stages.verified(
+            cuts[chosen].folder / "model", base, plans[chosen].folder / stages.PLAN, folder, progress=progress
         ),
     )
     if last < STAGES.index("kld"):
@@ -254,19 +254,25 @@ def _run(result: Run, until: str, force: bool, progress: Progress | None) -> Non
         )
         result.measured = stages.measured(measured.folder, [c.name for c in choices])
     if last >= STAGES.index("report"):
-        result.report = stages.report(
+        from gemcut import reporting
+
+        result.report = reporting.write(
             recipe,
             base,
+            open_checkpoint(result.model, f"{base.name.rpartition('/')[2].replace(':', '-')}-{recipe.plan.keep}e"),
             statistics=statistics,
-            plans={name: s.folder for name, s in plans.items()},
-            cut=cuts[chosen].folder,
-            verified=verified.folder,
-            measured=measured.folder if measured else None,
+            planned={name: stages.load_planned(s.folder) for name, s in plans.items()},
+            checks=stages.load_checks(verified.folder),
+            measured=result.measured or {},
             times=[(s.folder.name.rsplit("-", 1)[0], s.seconds, s.peak_rss_bytes) for s in result.done],
             out=result.folder / "report",
         )
     if measured is not None:
         _gate(recipe, measured.folder, chosen)
+
+
+def _cut(base: Checkpoint, plan_file: Path, link: bool, progress: Progress | None, folder: Path) -> None:
+    stages.cut(base, plan_file, folder / "model", link=link, force=True, progress=progress)
 
 
 def _choices(recipe: Recipe) -> list[Choice]:

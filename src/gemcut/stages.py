@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,17 +12,16 @@ import numpy as np
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
+from gemcut import checkpoint, records, score, shipped, store, surgery
 from gemcut import plan as planning
-from gemcut import records, score, shipped, store
-from gemcut.checkpoint import diff as diffing
-from gemcut.checkpoint import hub, inspect, verify
-from gemcut.checkpoint.read import Checkpoint, open_checkpoint
+from gemcut.checkpoint import Checkpoint, Inspection, VerifyReport, open_checkpoint, resolve
 from gemcut.errors import UsageError
 from gemcut.recipe import Choice, GuardWords, Measure, Observe, PlanWords
-from gemcut.surgery import cut as surgery
 from gemcut.types import Estimate, Json, KldResult, Manifest, Plan
 
 if TYPE_CHECKING:
+    from gemcut.observe.settings import ObserveSettings
+    from gemcut.report import Check
     from gemcut.reporting import Planned as Kept
     from gemcut.stream.corpus import Corpus
 
@@ -29,6 +29,7 @@ Progress = Callable[[int, int, str], None]
 
 PLAN = "plan.json"
 SCORES = "scores"
+CHECKS = "checks.json"
 DOUBT = "doubt.safetensors"  # keep probabilities and guarded units of the plan beside it
 
 
@@ -40,7 +41,7 @@ def open_model(ref: str) -> Checkpoint:
     local = shipped.model_path(ref)
     if local is not None:
         return open_checkpoint(local, ref)
-    found = hub.resolve(ref)
+    found = resolve(ref)
     return open_checkpoint(found.path, found.name)
 
 
@@ -72,14 +73,14 @@ def observe(
     return out
 
 
-def observe_settings(words: Observe) -> room.Settings:  # type: ignore[name-defined]  # noqa: F821
+def observe_settings(words: Observe) -> ObserveSettings:
     """The room's settings from the recipe's words."""
-    from gemcut import observe as room
+    from gemcut.observe.settings import ObserveSettings
 
-    return room.Settings(
+    return ObserveSettings(
         device=words.device,
         dtype=None if words.dtype == "auto" else words.dtype,
-        max_memory_bytes=None if words.max_memory_gib is None else int(words.max_memory_gib * 2**30),
+        max_memory=None if words.max_memory_gib is None else int(words.max_memory_gib * 2**30),
         batch_tokens=words.batch_tokens,
         gram_tokens=words.gram_tokens,
     )
@@ -113,11 +114,16 @@ def criteria() -> dict[str, str]:
 def criterion_text(name: str) -> str:
     """Definition, source and parameters of one criterion."""
     one = score.CRITERIA[name]
-    lines = [f"{name}: {one.about}", "", one.text.strip(), "", f"source: {one.source}"]
+    lines = [f"{name}: {one.about}", "", _definition(one), "", f"source: {one.source}"]
     if one.params:
         lines += ["", "parameters:"]
         lines += [f"  {key} = {param.default!r}" for key, param in one.params.items()]
     return "\n".join(lines)
+
+
+def _definition(one: score.Criterion) -> str:
+    """The formula is the ranking function's docstring: one place, beside the code."""
+    return inspect.cleandoc(one.rank.__doc__ or "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,9 +243,9 @@ def diff_plans(a: Path, b: Path) -> planning.PlanDiff:
 # ---------------------------------------------------------------- checkpoints
 
 
-def inspection(ref: str) -> inspect.Inspection:
+def inspection(ref: str) -> Inspection:
     """What a checkpoint is; headers only."""
-    return inspect.inspect(open_model(ref))
+    return checkpoint.inspect(open_model(ref))
 
 
 def cut(
@@ -257,22 +263,58 @@ def cut(
 
 def verify_cut(
     model: Path, base: Checkpoint, plan_file: Path | None, *, progress: Progress | None = None
-) -> verify.VerifyReport:
+) -> VerifyReport:
     """Bytes against intent and record; CheckpointError where they disagree."""
     candidate = open_checkpoint(model)
     if plan_file is None:
-        return verify.verify(candidate, base, progress=progress)
-    return surgery.verify_plan(candidate, base, records.load_plan(plan_file), progress=progress)
+        return checkpoint.verify(candidate, base, progress=progress)
+    return surgery.verify_cut(candidate, base, records.load_plan(plan_file), progress=progress)
+
+
+def verified(model: Path, base: Checkpoint, plan_file: Path, folder: Path, *, progress: Progress | None = None) -> None:
+    """`verify_cut`, with its answer kept for the report."""
+    found = checks(verify_cut(model, base, plan_file, progress=progress))
+    store.write_json(folder / CHECKS, {"checks": [{"name": c.name, "detail": c.detail} for c in found]})
+
+
+def load_checks(folder: Path) -> list[Check]:
+    """What `verified` kept: only what passed is ever kept."""
+    from gemcut.report import Check
+
+    listed = store.read_json(folder / CHECKS, "verification")["checks"]
+    assert isinstance(listed, list)
+    return [Check(str(c["name"]), True, str(c["detail"])) for c in listed if isinstance(c, dict)]
+
+
+def checks(report: VerifyReport) -> list[Check]:
+    """What a passed verification rests on, one line each."""
+    from gemcut.report import Check
+
+    layers = len(report.layers_changed)
+    found = [
+        Check(
+            "tensors that changed",
+            True,
+            f"{report.tensors_changed} of {len(report.manifest.tensors)}, in {layers} layers",
+        )
+    ]
+    if report.plan_checked:
+        found.append(Check("bytes are what the plan asks for", True, "every kept unit, and nothing else"))
+    if report.record_checked:
+        found.append(Check("manifest.json and SHA256SUMS", True, f"{report.files_checked} files hashed again"))
+    if report.files_unlisted:
+        found.append(Check("files outside the record", True, ", ".join(report.files_unlisted[:5])))
+    return found
 
 
 def diff(a: str, b: str, *, progress: Progress | None = None) -> Manifest:
     """Tensor by tensor between two checkpoints, of whatever architecture."""
-    return diffing.diff(_open_any(a), _open_any(b), progress=progress)
+    return checkpoint.diff(_open_any(a), _open_any(b), progress=progress)
 
 
 def _open_any(ref: str) -> Checkpoint:
     local = shipped.model_path(ref)
-    found = hub.resolve(ref) if local is None else None
+    found = resolve(ref) if local is None else None
     path = local if found is None else found.path
     assert path is not None
     return open_checkpoint(path, ref if found is None else found.name, any_architecture=True)
@@ -342,6 +384,6 @@ def mean_kld(folder: Path, name: str) -> Estimate:
 
 def devices() -> list[str]:
     """Devices that torch sees."""
-    from gemcut.stream.device import names
+    from gemcut.stream.devices import device_names
 
-    return names()
+    return list(device_names())

@@ -20,7 +20,7 @@ def inspect(model: str, talk: Talk) -> None:
 
     found = stages.inspection(model)
     talk.table(
-        f"{found.name}: {found.architecture} ({found.family}), {found.dtype}",
+        f"{found.name}: {found.architecture} ({found.family}), {', '.join(found.bytes_by_dtype)}",
         ("component", "tensors", "parameters", "size", "share"),
         [
             (
@@ -32,18 +32,16 @@ def inspect(model: str, talk: Talk) -> None:
             )
             for c in found.components
         ],
-        note=f"{found.parameters:,} parameters, {size(found.size_bytes)} in {found.shards} shards; "
-        f"fingerprint {found.fingerprint[:12]}",
+        note=f"{found.parameters:,} parameters in {found.tensors} tensors, {size(found.size_bytes)} in "
+        f"{found.shards} shards"
+        + (f"; {found.experts_per_token} experts a token" if found.experts_per_token else "; dense"),
     )
     talk.table(
         "What can be cut",
         ("kind", "layers", "units per layer", "bytes per unit, all layers", "can go"),
-        [
-            (c.kind, c.layers, c.units, size(c.bytes_per_unit), f"down to {c.least}" if c.least else "")
-            for c in found.cuttable
-        ],
+        [(c.kind, len(c.layers), c.units, size(c.size_bytes_per_unit), f"down to {c.minimum}") for c in found.cuttable],
     )
-    talk.result(found, path=found.fingerprint)
+    talk.result(found, path=found.name)
 
 
 @click.command()
@@ -87,14 +85,11 @@ def verify(model: str, base: str, plan_file: str | None, talk: Talk) -> None:
     """
     from gemcut import stages
 
-    report = stages.verify(
-        Path(model), stages.open_model(base), Path(plan_file) if plan_file else None, None, progress=talk.progress
+    report = stages.verify_cut(
+        Path(model), stages.open_model(base), Path(plan_file) if plan_file else None, progress=talk.progress
     )
-    talk.table(
-        "",
-        ("check", "", ""),
-        [(check.name, "passed" if check.passed else "FAILED", check.detail) for check in report.checks],
-    )
+    checks = stages.checks(report)
+    talk.table("Verified", ("check", "", ""), [(c.name, "passed" if c.passed else "FAILED", c.detail) for c in checks])
     talk.result(report, path=model)
 
 
@@ -139,8 +134,8 @@ def _diff_plans(a: Path, b: Path, talk: Talk) -> None:
 
     found = stages.diff_plans(a, b)
     talk.table(
-        f"{found.differing} of {found.dropped} drops differ ({100 * found.overlap:.1f} % shared, "
-        f"{100 * found.expected:.1f} % expected at random)",
+        f"{100 * found.overlap:.1f} % of the drops are shared ({found.drops_a} and {found.drops_b} drops; "
+        f"{100 * found.expected:.1f} ± {100 * found.expected_sd:.1f} % expected at random)",
         ("layer", "only in the first", "only in the second"),
         [
             (layer.layer, " ".join(map(str, layer.only_a)), " ".join(map(str, layer.only_b)))

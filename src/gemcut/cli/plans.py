@@ -47,8 +47,8 @@ def experts(
     if out is not None:
         stages.save_plan(planned.plan, Path(out), force=force)
     if explain is not None:
-        found = stages.explain(planned, *_unit(explain))
-        talk.result(found, path=out, text=stages.explanation_text(found))
+        found = stages.explain(planned, Path(stats), *_unit(explain))
+        talk.result(found, path=out, text=found.text())
         return
     doubtful = planned.doubtful
     talk.result(
