@@ -72,6 +72,7 @@ def score(stats: Statistics, criterion: str = DEFAULT, **params: object) -> Scor
     chosen = criterion_named(criterion)
     checked = chosen.check(params)
     _need_experts(stats)
+    _refuse_non_finite(stats)
     ranking = chosen.rank(Sums(stats), checked)
     scores = Scores(
         criterion=criterion,
@@ -138,6 +139,20 @@ def _need_experts(stats: Statistics) -> None:
         raise UsageError(
             "this model has no experts to score", where=stats.meta.model_name, hint="gemcut plan heads works on it"
         )
+
+
+def _refuse_non_finite(stats: Statistics) -> None:
+    """A NaN count would pass for "never routed" and a NaN norm for the largest: neither reaches a criterion."""
+    for kind, sums in (("class", stats.by_class), ("question", stats.by_question)):
+        for name, array in sums.items():
+            if not np.isfinite(array).all():
+                which, row, expert = (int(v) for v in np.argwhere(~np.isfinite(array))[0])
+                raise QualityError(
+                    f"the statistics are not finite: {name!r} per {kind}",
+                    where=f"{kind} {which}, layer {stats.meta.layers[row]}, expert {expert}",
+                    got=float(array[which, row, expert]),
+                    hint="observe again: a non-finite statistic must never be ranked",
+                )
 
 
 def _refuse_flat(scores: Scores) -> None:
