@@ -27,7 +27,10 @@ class ExpertRecorder(Protocol):
         """inputs [T, H]; per pair, sorted by expert: token [P], expert [P], final top-k weight gate [P]."""
 
     def expert(self, expert: int, rows: slice, inputs: torch.Tensor, inner: torch.Tensor, output: torch.Tensor) -> None:
-        """One expert: its `rows` of the P pairs; inputs [n, H], inner (input of down_proj) [n, I], output [n, H]."""
+        """One expert: its `rows` of the P pairs; inputs [n, H], inner (input of down_proj) [n, I], output [n, H].
+
+        The output is float32 (or wider), and only valid during the call.
+        """
 
     def end(self, combined: torch.Tensor) -> None:
         """combined [T, H]: the experts' summed output, before any norm."""
@@ -67,6 +70,7 @@ def recording_experts_forward(
         flat_expert, flat_token, flat_gate = flat_expert[kept], flat_token[kept], flat_gate[kept]
     expert, order = torch.sort(flat_expert, stable=True)
     token, gate = flat_token[order], flat_gate[order]
+    wide = torch.promote_types(gate.dtype, hidden_states.dtype)
     counts = torch.bincount(expert, minlength=len(gate_up)).tolist()
     if recorder is not None:
         recorder.begin(hidden_states, token, expert, gate)
@@ -78,11 +82,12 @@ def recording_experts_forward(
         first += n
         inputs = hidden_states[token[rows]]
         inner = self._apply_gate(nn.functional.linear(inputs, gate_up[e]))
-        output = nn.functional.linear(inner, down[e])
+        # eager's `output * gate` widens to the gate's float32 as well: done before, so that a recorder needs no copy
+        output = nn.functional.linear(inner, down[e]).to(wide)
         if recorder is not None:
             recorder.expert(e, rows, inputs, inner, output)
-        weighted = output * gate[rows, None]
-        combined.index_add_(0, token[rows], weighted.to(combined.dtype))
+        output.mul_(gate[rows, None])
+        combined.index_add_(0, token[rows], output.to(combined.dtype))
     if recorder is not None:
         recorder.end(combined)
     return combined

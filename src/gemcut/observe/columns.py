@@ -1,0 +1,53 @@
+"""Second and fourth moments and the largest size of every input column of a linear layer."""
+
+from __future__ import annotations
+
+import torch
+
+from gemcut.observe.settings import SPLITS
+
+# Rows converted to float32 at a time: they and their squares stay in the cache, and float32 never sums more than this.
+_BLOCK_ROWS = 64
+
+
+class ColumnSums:
+    """For inputs a [T, F] of one linear layer, or of U of them (experts), split by the parity of the question:
+
+        n[s, u] = Σ_t 1      a2[s, u, f] = Σ_t a²      a4[s, u, f] = Σ_t a⁴      amax[u, f] = max_t |a|
+
+    float32 squares, summed in float32 over 64 rows and from there in float64.
+    """
+
+    def __init__(self, features: int, units: int | None = None, device: torch.device | None = None) -> None:
+        shape = (features,) if units is None else (units, features)
+        self.grouped = units is not None
+        self.n = torch.zeros((SPLITS, units or 1), dtype=torch.float64)
+        self.a2 = torch.zeros((SPLITS, units or 1, features), dtype=torch.float64, device=device)
+        self.a4 = torch.zeros_like(self.a2)
+        self._peak = torch.zeros(shape, dtype=torch.float32, device=device).reshape(-1, features)  # of a²
+        self._wide = torch.empty((_BLOCK_ROWS, features), dtype=torch.float32, device=device)
+
+    def add(self, a: torch.Tensor, split: int, unit: int = 0) -> None:
+        """Rows a [T, F] of one split."""
+        a2, a4, peak = self.a2[split, unit], self.a4[split, unit], self._peak[unit]
+        for block in a.split(_BLOCK_ROWS):
+            wide = self._wide[: len(block)]
+            wide.copy_(block)
+            wide.mul_(wide)
+            torch.maximum(peak, wide.amax(0), out=peak)
+            a2.add_(wide.sum(0))
+            wide.mul_(wide)
+            a4.add_(wide.sum(0))
+        self.n[split, unit] += len(a)
+
+    def finite(self) -> bool:
+        """Whether every sum is a number. a⁴ leaves float32 where |a| is above 4·10⁹."""
+        return bool(torch.isfinite(self.a4).all() and torch.isfinite(self.a2).all())
+
+    def tensors(self, name: str) -> dict[str, torch.Tensor]:
+        """`linear.<name>.{n, a2, a4, amax}`; the axis of the experts is there only for experts."""
+        n, a2, a4, amax = self.n, self.a2.cpu(), self.a4.cpu(), self._peak.sqrt().cpu()
+        if not self.grouped:
+            n, a2, a4, amax = n[:, 0], a2[:, 0], a4[:, 0], amax[0]
+        out = {"n": n, "a2": a2, "a4": a4, "amax": amax}
+        return {f"linear.{name}.{key}": value.contiguous() for key, value in out.items()}
