@@ -111,9 +111,15 @@ def config(geometry: Geometry, layers: int) -> dict[str, object]:
 
 
 def write(
-    out: Path, *, layers: int, seed: int = 0, geometry: Geometry | None = None, shard_bytes: int = 3 << 30
+    out: Path,
+    *,
+    layers: int,
+    seed: int = 0,
+    geometry: Geometry | None = None,
+    shard_bytes: int = 3 << 30,
+    sparse: bool = False,
 ) -> Path:
-    """Write the folder: shards, index, config. Returns it."""
+    """Write the folder: shards, index, config. Returns it. sparse: real headers before holes that take no disk."""
     g = geometry or Geometry()
     out.mkdir(parents=True)
     rng = np.random.default_rng(seed)
@@ -136,9 +142,12 @@ def write(
         header = lay_out(file, [TensorRef(n, "BF16", s, file, 0, 0) for n, s in tensors], {"format": "pt"})
         with open(out / file, "wb") as f:
             f.write(len(header.raw).to_bytes(8, "little") + header.raw)
+            if sparse:
+                f.truncate(header.tensors[-1].stop)
             for ref in header.tensors:
                 values = ones if len(ref.shape) == 1 else weights
-                _write_tiled(f, values, int(rng.integers(_BLOCK)), ref.elements)
+                if not sparse:
+                    _write_tiled(f, values, int(rng.integers(_BLOCK)), ref.elements)
                 weight_map[ref.name] = file
                 total += ref.size_bytes
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
