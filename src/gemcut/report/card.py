@@ -9,8 +9,7 @@ import jinja2
 import yaml
 
 from gemcut.report import method, tables
-from gemcut.report.data import ReportData
-from gemcut.report.figures import Drawing
+from gemcut.report.data import Drawing, ReportData
 from gemcut.report.tables import Table, change, count, interval, parameters, size
 from gemcut.report.text import Markdown, code_block, code_span, escape_markdown, plain
 from gemcut.types import Estimate, Json

@@ -85,6 +85,15 @@ class StageTime:
     peak_bytes: int | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Drawing:
+    """One figure: its file stem, the one sentence under it, and the SVG."""
+
+    name: str
+    caption: str
+    svg: str
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class ReportData:
     """All that the page, the card and the tables show. Every part but the first three may be absent.

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import io
 import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TypeAlias
 
 import matplotlib as mpl
@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from gemcut.report.data import ALL, KldEntry, ReportData
+from gemcut.report.data import ALL, Drawing, KldEntry, ReportData
 from gemcut.report.grids import NEAR_TIE, CutGrid, Specialisation, cut_grid, mass_over_uniform, specialisation
 from gemcut.report.palette import (
     BLUE,
@@ -47,15 +47,6 @@ from gemcut.types import Estimate
 XY: TypeAlias = tuple[float, float]
 
 
-@dataclass(frozen=True, slots=True)
-class Drawing:
-    """One figure: its file stem, the one sentence under it, and the SVG."""
-
-    name: str
-    caption: str
-    svg: str
-
-
 @contextmanager
 def _canvas(height: float) -> Iterator[Figure]:
     with mpl.rc_context(STYLE):
@@ -66,7 +57,8 @@ def _canvas(height: float) -> Iterator[Figure]:
 
 def _svg(figure: Figure, name: str, caption: str) -> Drawing:
     """Render, and make ids unique to the figure, so that many can stand in one page."""
-    with io.StringIO() as out, mpl.rc_context(STYLE):
+    with io.StringIO() as out, mpl.rc_context(STYLE), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # text stays text: the reader's fonts have the glyph
         figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
         text = out.getvalue()
     text = text[text.index("<svg") :]

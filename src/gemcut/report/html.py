@@ -9,8 +9,7 @@ import jinja2
 from markupsafe import Markup
 
 from gemcut.report import method, tables
-from gemcut.report.data import ReportData
-from gemcut.report.figures import Drawing
+from gemcut.report.data import Drawing, ReportData
 from gemcut.report.text import plain
 
 

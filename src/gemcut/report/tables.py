@@ -70,13 +70,13 @@ def signed(value: float, digits: int) -> str:
 
 
 def decimals(low: float, high: float, value: float) -> int:
-    """Decimals that show the half width of an interval with one digit, two where that digit is 1 or 2."""
+    """Decimals that show the half width of an interval with one digit, two where that digit is 1."""
     half = (high - low) / 2
     if half <= 0 or not math.isfinite(half):
         half = abs(value) / 1000 or 1e-3
     exponent = math.floor(math.log10(half))
     leading = half / 10**exponent
-    return min(12, max(0, -exponent + (1 if leading < 3 else 0)))
+    return min(12, max(0, -exponent + (1 if leading < 2 else 0)))
 
 
 def interval(estimate: Estimate, *, scale: float = 1.0, sign: bool = False) -> str:

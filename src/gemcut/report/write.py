@@ -7,10 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gemcut.errors import QualityError
-from gemcut.report.card import render_card
 from gemcut.report.data import ReportData
-from gemcut.report.figures import draw_all
-from gemcut.report.html import render_page
 from gemcut.report.text import find_path
 from gemcut.store import atomic_folder, write_bytes
 
@@ -34,6 +31,11 @@ def write_report(data: ReportData, folder: Path, *, force: bool = False) -> Repo
         UsageError: `folder` exists and `force` is not set.
         QualityError: a local path is about to be published; nothing is written.
     """
+    # here, because matplotlib and jinja2 take most of a second and the verbs that only want tables do not need them
+    from gemcut.report.card import render_card
+    from gemcut.report.figures import draw_all
+    from gemcut.report.html import render_page
+
     drawings = draw_all(data)
     texts = {"index.html": render_page(data, drawings), "README.md": render_card(data, drawings, FIGURES)}
     texts |= {f"{FIGURES}/{drawing.name}.svg": drawing.svg for drawing in drawings}
