@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from gemcut import machine, stages, store
+from gemcut import machine, models, stages, store
 from gemcut.checkpoint import Checkpoint, open_checkpoint
 from gemcut.errors import QualityError, UsageError
 from gemcut.recipe import STAGES, Choice, Recipe, resolved
@@ -170,7 +170,7 @@ def _run(result: Run, until: str, force: bool, progress: Progress | None) -> Non
     recipe = result.recipe
     last = STAGES.index(until)
     stage = _Stages(result, force=force)
-    base = stages.open_model(recipe.model)
+    base = models.open_model(recipe.model)
     choices = _choices(recipe)
 
     seen = stages.read_corpus(

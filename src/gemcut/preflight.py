@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gemcut import machine, records, stages, store
+from gemcut import machine, models, records, stages, store
 from gemcut.checkpoint.read import Checkpoint
 from gemcut.errors import MissingError
 from gemcut.recipe import STAGES, Observe, Recipe
@@ -58,7 +58,7 @@ def estimate(recipe: Recipe, runs: Path, *, until: str = "report") -> Preflight:
     Raises:
         MissingError: the disk or the memory is too small for it.
     """
-    base = stages.open_model(recipe.model)
+    base = models.open_model(recipe.model)
     corpus = stages.read_corpus(
         recipe.observe.corpus, base, recipe.observe.max_tokens, recipe.observe.max_tokens_per_item
     )

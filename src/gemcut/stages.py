@@ -14,7 +14,7 @@ from safetensors.numpy import save as save_tensors
 
 from gemcut import checkpoint, records, score, shipped, store, surgery
 from gemcut import plan as planning
-from gemcut.checkpoint import Checkpoint, Inspection, VerifyReport, open_checkpoint, resolve
+from gemcut.checkpoint import Checkpoint, VerifyReport, open_checkpoint
 from gemcut.errors import UsageError
 from gemcut.recipe import Choice, GuardWords, Measure, Observe, PlanWords
 from gemcut.types import Estimate, Json, KldResult, Manifest, Plan
@@ -34,15 +34,6 @@ DOUBT = "doubt.safetensors"  # keep probabilities and guarded units of the plan 
 
 
 # ---------------------------------------------------------------- in
-
-
-def open_model(ref: str) -> Checkpoint:
-    """A shipped model, a local folder, or a hub id, in this order; headers only."""
-    local = shipped.model_path(ref)
-    if local is not None:
-        return open_checkpoint(local, ref)
-    found = resolve(ref)
-    return open_checkpoint(found.path, found.name)
 
 
 def read_corpus(ref: str, base: Checkpoint, max_tokens: int | None, max_tokens_per_item: int) -> Corpus:
@@ -243,11 +234,6 @@ def diff_plans(a: Path, b: Path) -> planning.PlanDiff:
 # ---------------------------------------------------------------- checkpoints
 
 
-def inspection(ref: str) -> Inspection:
-    """What a checkpoint is; headers only."""
-    return checkpoint.inspect(open_model(ref))
-
-
 def cut(
     base: Checkpoint,
     plan_file: Path,
@@ -307,34 +293,7 @@ def checks(report: VerifyReport) -> list[Check]:
     return found
 
 
-def diff(a: str, b: str, *, progress: Progress | None = None) -> Manifest:
-    """Tensor by tensor between two checkpoints, of whatever architecture."""
-    return checkpoint.diff(_open_any(a), _open_any(b), progress=progress)
-
-
-def _open_any(ref: str) -> Checkpoint:
-    local = shipped.model_path(ref)
-    found = resolve(ref) if local is None else None
-    path = local if found is None else found.path
-    assert path is not None
-    return open_checkpoint(path, ref if found is None else found.name, any_architecture=True)
-
-
 # ---------------------------------------------------------------- measure
-
-
-def candidate_names(refs: tuple[str, ...]) -> dict[str, Path]:
-    """Names for candidate folders: the last part of each path, made unique."""
-    out: dict[str, Path] = {}
-    for ref in refs:
-        path = shipped.model_path(ref) or Path(ref)
-        name = ref if ref.startswith("demo:") else path.resolve().name
-        if name in out or name == "model":
-            name = "/".join(path.resolve().parts[-2:])
-        while name in out:
-            name += "'"
-        out[name] = path
-    return out
 
 
 def kld(

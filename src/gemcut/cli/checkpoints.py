@@ -16,9 +16,9 @@ from gemcut.cli.sizes import size
 @options.talk
 def inspect(model: str, talk: Talk) -> None:
     """What a checkpoint is, its sizes, what can be cut. Headers only."""
-    from gemcut import stages
+    from gemcut import models
 
-    found = stages.inspection(model)
+    found = models.inspection(model)
     talk.table(
         f"{found.name}: {found.architecture} ({found.family}), {', '.join(found.bytes_by_dtype)}",
         ("component", "tensors", "parameters", "size", "share"),
@@ -54,9 +54,9 @@ def inspect(model: str, talk: Talk) -> None:
 @options.talk
 def cut(model: str, plan_file: str, out: str, copy: bool, force: bool, dry_run: bool, talk: Talk) -> None:
     """Write the smaller checkpoint, its manifest and SHA256SUMS."""
-    from gemcut import stages
+    from gemcut import models, stages
 
-    base = stages.open_model(model)
+    base = models.open_model(model)
     if dry_run:
         from gemcut import preflight
         from gemcut.cli.sizes import show_preflight
@@ -83,10 +83,10 @@ def verify(model: str, base: str, plan_file: str | None, talk: Talk) -> None:
 
     Exit code 4 and the names of the tensors when intent and bytes disagree.
     """
-    from gemcut import stages
+    from gemcut import models, stages
 
     report = stages.verify_cut(
-        Path(model), stages.open_model(base), Path(plan_file) if plan_file else None, progress=talk.progress
+        Path(model), models.open_model(base), Path(plan_file) if plan_file else None, progress=talk.progress
     )
     checks = stages.checks(report)
     talk.table("Verified", ("check", "", ""), [(c.name, "passed" if c.passed else "FAILED", c.detail) for c in checks])
@@ -102,9 +102,9 @@ def diff(a: str, b: str, talk: Talk) -> None:
     if a.endswith(".json") and b.endswith(".json"):
         _diff_plans(Path(a), Path(b), talk)
         return
-    from gemcut import stages
+    from gemcut import models
 
-    manifest = stages.diff(a, b, progress=talk.progress)
+    manifest = models.diff(a, b, progress=talk.progress)
     changed = [fact for fact in manifest.tensors if fact.found != "same"]
     talk.table(
         f"{len(changed)} of {len(manifest.tensors)} tensors differ",

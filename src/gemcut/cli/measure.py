@@ -34,14 +34,14 @@ def kld(
     talk: Talk,
 ) -> None:
     """KL divergence of candidates from a base, streamed, no logits on disk."""
-    from gemcut import recipe, stages
+    from gemcut import models, recipe, stages
 
     words = recipe.measure_words(
         {"corpus": corpus, "max_tokens": max_tokens, "device": device, "dtype": dtype, "seed": seed}
     )
-    model = stages.open_model(base)
+    model = models.open_model(base)
     text = stages.read_corpus(words.corpus, model, words.max_tokens, words.max_tokens_per_item)
-    named = stages.candidate_names(candidates)
+    named = models.candidate_names(candidates)
     results = stages.kld(model, named, text, words, Path(out) if out else None, progress=talk.progress)
     show_kld(talk, results)
     talk.result({"results": list(results.values())}, path=out)

@@ -36,12 +36,12 @@ def observe(
     talk: Talk,
 ) -> None:
     """One streamed pass over a corpus; every statistic at once; resumes."""
-    from gemcut import recipe, stages
+    from gemcut import models, recipe, stages
 
     words = recipe.observe_words(
         {"corpus": corpus, "max_tokens": max_tokens, "max_memory_gib": max_memory, "device": device}, sets
     )
-    base = stages.open_model(model)
+    base = models.open_model(model)
     text = stages.read_corpus(words.corpus, base, words.max_tokens, words.max_tokens_per_item)
     if dry_run:
         from gemcut import preflight

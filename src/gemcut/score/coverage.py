@@ -41,10 +41,10 @@ def rank(sums: Sums, params: Checked) -> Ranking:
     key = f"top{protect}({of})"
     if key not in sums.cache:
         sums.cache[key] = _top(sums.by_question(of).reshape(-1, n_layers, experts), protect)
-    covered: F64 = sums.weights @ sums.cache[key]  # [L·E]
+    covered = sums.per_class(sums.cache[key]).sum(axis=0)  # [L·E]
     # Weights that are not whole add up with rounding noise; equal counts must stay equal.
     covered = np.round(covered, 9).reshape(n_layers, experts)
-    pooled = (sums.weights @ sums.by_question(of)).reshape(n_layers, experts)
+    pooled = sums.per_class(sums.by_question(of)).sum(axis=0).reshape(n_layers, experts)
     values = covered.copy()
     for row in range(n_layers):
         steps = np.diff(np.unique(covered[row]))

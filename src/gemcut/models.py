@@ -1,0 +1,53 @@
+"""Models by reference: what a verb or recipe names, opened; headers only. Imports little: verbs start fast."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from gemcut import checkpoint, shipped
+from gemcut.checkpoint import Checkpoint, Inspection, open_checkpoint, resolve
+from gemcut.types import Manifest
+
+Progress = Callable[[int, int, str], None]
+
+
+def open_model(ref: str) -> Checkpoint:
+    """A shipped model, a local folder, or a hub id, in this order; headers only."""
+    local = shipped.model_path(ref)
+    if local is not None:
+        return open_checkpoint(local, ref)
+    found = resolve(ref)
+    return open_checkpoint(found.path, found.name)
+
+
+def inspection(ref: str) -> Inspection:
+    """What a checkpoint is; headers only."""
+    return checkpoint.inspect(open_model(ref))
+
+
+def diff(a: str, b: str, *, progress: Progress | None = None) -> Manifest:
+    """Tensor by tensor between two checkpoints, of whatever architecture."""
+    return checkpoint.diff(_open_any(a), _open_any(b), progress=progress)
+
+
+def _open_any(ref: str) -> Checkpoint:
+    local = shipped.model_path(ref)
+    found = resolve(ref) if local is None else None
+    path = local if found is None else found.path
+    assert path is not None
+    return open_checkpoint(path, ref if found is None else found.name, any_architecture=True)
+
+
+def candidate_names(refs: tuple[str, ...]) -> dict[str, Path]:
+    """Names for candidate folders: the last part of each path, made unique."""
+    out: dict[str, Path] = {}
+    for ref in refs:
+        path = shipped.model_path(ref) or Path(ref)
+        name = ref if ref.startswith("demo:") else path.resolve().name
+        if name in out or name == "model":
+            name = "/".join(path.resolve().parts[-2:])
+        while name in out:
+            name += "'"
+        out[name] = path
+    return out
