@@ -282,7 +282,9 @@ def test_a_resample_is_the_criterion_on_the_drawn_questions() -> None:
     """A draw's values are those of a corpus in which each question stands as often as it was drawn."""
     stats = make_statistics(np.random.default_rng(0), Q=9)
     draw = Sums(stats).draw(np.random.default_rng(5))
-    repeated = with_weights(stats, draw.times.tolist())
+    times = np.empty(9)
+    times[draw.order] = draw.times
+    repeated = with_weights(stats, times.tolist())
     for name in ("reap", "coverage", "class_max", "class_rank"):
         scores = score(stats, name)
         drawn = resample(stats, scores, 1, seed=5)
