@@ -47,6 +47,11 @@ def test_a_dropped_unit_shows_its_reason_and_its_chances() -> None:
     assert planned.keep_probability is not None
     assert found.keep_probability == planned.keep_probability[1, unit]
     assert found.resamples == 20
+    assert found.text().count("resamples") == 1
+    kept = explain(planned, scores, stats, 1, planned.plan.layers[1].keep[0])
+    assert kept.text().count("resamples") == 1
+    twice = explain(planned, scores, stats, 1, unit, others=score_all(stats))
+    assert len({s.criterion for s in twice.standings}) == len(twice.standings)
 
 
 def test_a_guarded_unit_says_which_guard() -> None:

@@ -199,6 +199,8 @@ def test_unknown_names_list_the_choices(stats: Statistics) -> None:
         score(stats, "reep")
     with pytest.raises(UsageError, match=r"(?s)'foo'.*protect, of"):
         score(stats, "coverage", foo=1)
+    with pytest.raises(UsageError, match="no parameter 'stats'"):
+        score(stats, "reap", stats=1)
     with pytest.raises(UsageError, match=r"(?s)'code'.*a, b"):
         score(stats, "class_max", weights={"code": 1})
 

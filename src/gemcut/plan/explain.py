@@ -70,7 +70,7 @@ class Explanation:
         lines = [f"layer {self.layer}, unit {self.unit}: {verdict}", f"  {self.reason}"]
         if self.guard:
             lines.append(f"  guard: {self.guard}")
-        if self.keep_probability is not None:
+        if self.kept and self.keep_probability is not None:  # a drop's reason says it already
             lines.append(
                 f"  kept in {100 * self.keep_probability:.0f} % of {self.resamples} resamples of the questions"
             )
@@ -156,7 +156,9 @@ def explain(
         tokens=int(n[:, unit].sum()),
         routed_share=float(n[:, unit].sum()) / total if total else 0.0,
         per_class=_class_uses(stats, row, unit),
-        standings=tuple(_standing(s, row, unit) for s in (scores, *others)),
+        standings=tuple(
+            _standing(s, row, unit) for s in (scores, *others) if s is scores or s.criterion != scores.criterion
+        ),
         f_max=float(largest_output(stats)[row, unit]),
         f_max_median=float(median_output(stats)[row]),
         keep_probability=None if probability is None else float(probability[row, unit]),

@@ -59,7 +59,7 @@ def criterion_named(name: str) -> Criterion:
     return CRITERIA[name]
 
 
-def score(stats: Statistics, criterion: str = DEFAULT, **params: object) -> Scores:
+def score(stats: Statistics, criterion: str = DEFAULT, /, **params: object) -> Scores:
     """Rank every expert of every layer.
 
     Returns:
