@@ -154,7 +154,7 @@ def perplexity(
     scratch: Path | None = None,
     progress: Progress | None = None,
 ) -> PplResult:
-    """Perplexity per class and over all: exp of the mean next-token loss. Positions, intervals, arguments: see `kld`."""
+    """Perplexity per class and over all: exp(mean next-token loss). Positions, intervals, arguments as in `kld`."""
     settings = _Settings(device, dtype, chunk_tokens, batch_tokens, memory_bytes, scratch, progress)
     measured = _measure([model], corpus, settings)
     rows = []
