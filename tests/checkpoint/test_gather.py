@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from pathlib import Path
 
@@ -107,7 +108,7 @@ def test_other_edits(tmp_path: Path) -> None:
 def test_runs_cover_the_index(index: set[int]) -> None:
     runs = runs_of(sorted(index))
     assert [i for a, b in runs for i in range(a, b)] == sorted(index)
-    assert all(b < c for (_, b), (c, _) in zip(runs, runs[1:], strict=False))
+    assert all(b < c for (_, b), (c, _) in itertools.pairwise(runs))
 
 
 def test_a_file_that_shrank_is_an_error(tmp_path: Path) -> None:
