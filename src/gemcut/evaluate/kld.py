@@ -22,8 +22,8 @@ import torch
 
 from gemcut.checkpoint.read import Checkpoint
 from gemcut.errors import CheckpointError, QualityError, UsageError
-from gemcut.evaluate.divergence import compare, rows_per_tile
 from gemcut.evaluate.interval import RESAMPLES, Bootstrap
+from gemcut.evaluate.kld_tile import compare, rows_per_tile
 from gemcut.stream.corpus import Corpus
 from gemcut.stream.hidden import BATCH_TOKENS, Progress, Slabs, final_hidden, scored_positions
 from gemcut.stream.model import StreamedModel
@@ -101,7 +101,7 @@ def kld(
     """KL(base ‖ candidate) in nats of each candidate, per class and over all, with chunk bootstrap intervals.
 
     Mean, median, p99 and same-top over scored tokens; ln PPL ratio = mean(nll_candidate − nll_base). Equal models give
-    exactly 0 and same_top 1. See `divergence.compare` for the formulas; float64 from float32 logits.
+    exactly 0 and same_top 1. See `kld_tile.compare` for the formulas; float64 from float32 logits.
 
     Args:
         dtype: of the layers: "float32", "bfloat16", …; None or "auto": as the base is stored. Heads compute in float32.

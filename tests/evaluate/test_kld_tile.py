@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from gemcut.evaluate.divergence import compare, rows_per_tile
+from gemcut.evaluate.kld_tile import compare, rows_per_tile
 
 
 def logits(rows: int, vocabulary: int, seed: int, scale: float = 3.0) -> torch.Tensor:
