@@ -121,11 +121,12 @@ def planned_bytes(base: Checkpoint, plan: Plan) -> int:
 
 
 def _observe(base: Checkpoint, corpus: Corpus, words: Observe, rates: machine.Rates) -> StageCost:
-    from gemcut import observe as room
+    from gemcut.observe.memory import observe_disk_bytes, observe_memory_bytes
 
     settings = stages.observe_settings(words)
-    need = room.observe_memory_bytes(base, corpus, settings)
-    written = room.observe_disk_bytes(base, corpus, settings)
+    longest = max(len(row.ids) for row in corpus.items)
+    need = observe_memory_bytes(base, settings, longest=longest)
+    written = observe_disk_bytes(base, settings, tokens=corpus.tokens, questions=len(corpus.items))
     compute = 2 * active_parameters(base) * corpus.tokens / (rates.flops * _EFFICIENCY)
     reading = base.size_bytes / rates.read if rates.read else 0.0
     return StageCost("observe", "", base.size_bytes, written, need, max(compute, reading))

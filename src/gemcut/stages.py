@@ -58,9 +58,9 @@ def observe(
     progress: Progress | None = None,
 ) -> Path:
     """The streamed pass; goes on where a killed one stopped."""
-    from gemcut import observe as room
+    from gemcut.observe.run import observe as room
 
-    room.observe(base, corpus, out, settings=observe_settings(words), force=force, progress=progress)
+    room(base, corpus, out, settings=observe_settings(words), force=force, progress=progress)
     return out
 
 
@@ -180,7 +180,7 @@ def plan(statistics: Path, choice: Choice, words: PlanWords, folder: Path, *, fo
     """`plan_experts`, kept in a folder: plan.json, scores, and how sure each decision is."""
     planned = plan_experts(statistics, choice, words)
     records.save_scores(planned.scores, folder / SCORES, force=force)
-    doubt: dict[str, np.ndarray] = {}  # type: ignore[type-arg]
+    doubt: dict[str, np.ndarray] = {}
     if planned.keep_probability is not None:
         doubt["keep_probability"] = planned.keep_probability
     for (row, unit), reason in planned.guarded.reasons.items():

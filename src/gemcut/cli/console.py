@@ -99,7 +99,7 @@ class Talk:
             grid.add_column(column, justify="right" if numeric else "left", overflow="fold")
         for row in cells:
             grid.add_row(*(_escape(c) for c in row))
-        width = None if sys.stdout.isatty() else 140
+        width = None if sys.stdout.isatty() else 180
         Console(file=sys.stdout, width=width, highlight=False).print(grid)
 
 

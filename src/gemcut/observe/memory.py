@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from gemcut.checkpoint.read import Checkpoint
 from gemcut.errors import MissingError
 from gemcut.observe.settings import SPLITS, ObserveSettings, gram_splits
-from gemcut.types import Json
+from gemcut.types import QUESTION_SUMS, Json
 
 _BASE_BYTES = 640 << 20  # interpreter, torch, transformers and their first matrix product, measured on Linux
 _STAGED_ROWS = 2048
@@ -39,6 +39,22 @@ def observe_memory_bytes(checkpoint: Checkpoint, settings: ObserveSettings, *, l
     sums = _sums_bytes(text, widest)
     batch = _batch_bytes(text, widest, max(settings.batch_tokens, longest), longest or settings.batch_tokens, item)
     return _BASE_BYTES + max(max(weights.values()) + sums + batch, ends + batch, 2 * sums)
+
+
+def observe_disk_bytes(checkpoint: Checkpoint, settings: ObserveSettings, *, tokens: int, questions: int) -> int:
+    """Upper estimate of what an observation writes: two files of hidden states at once, and the statistics.
+
+    The Gram matrices are most of the statistics of a large model: d² float64 values a layer, d = width of o_proj's
+    input, twice where both halves of the corpus are kept apart.
+    """
+    text = checkpoint.text_config
+    experts = _number(text, "num_experts")
+    out = 2 * tokens * _number(text, "hidden_size") * _item_bytes(checkpoint, settings)
+    for i in range(_number(text, "num_hidden_layers")):
+        prefix = checkpoint.family.layer_prefix(checkpoint.tensors.keys(), i)
+        out += _sums_bytes(text, checkpoint.ref(f"{prefix}self_attn.o_proj.weight").shape[1])
+        out += experts * len(QUESTION_SUMS) * questions * 4
+    return out
 
 
 def refuse_memory(settings: ObserveSettings, needed: int) -> None:

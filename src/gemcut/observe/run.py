@@ -34,7 +34,7 @@ from gemcut.observe.folder import (
 )
 from gemcut.observe.hidden import HiddenReader, HiddenWriter, hidden_path
 from gemcut.observe.layer import LayerObserver
-from gemcut.observe.memory import observe_memory_bytes, refuse_memory
+from gemcut.observe.memory import observe_disk_bytes, observe_memory_bytes, refuse_memory
 from gemcut.observe.settings import ObserveSettings
 from gemcut.records.statistics import save_statistics_index
 from gemcut.store import PARTIAL, atomic_folder, fingerprint, need_disk, write_json
@@ -75,7 +75,7 @@ def observe(
     refuse_memory(settings, observe_memory_bytes(checkpoint, settings, longest=longest))
     with StreamedModel.open(checkpoint, device=settings.device, dtype=settings.dtype, experts="recording") as model:
         layout = lay_out(corpus, settings.batch_tokens, int(model.config.vocab_size))
-        need_disk(out, disk_bytes(model, layout))
+        need_disk(out, observe_disk_bytes(checkpoint, settings, tokens=layout.tokens, questions=len(corpus.items)))
         done = left_behind(out.with_name(out.name + PARTIAL), digest, force=force)
         with atomic_folder(out, force=force, keep_partial=True) as folder:
             _Pass(model, layout, settings, folder, digest, progress).run(done)
@@ -84,11 +84,6 @@ def observe(
             write_json(folder / REQUEST_FILE, {"schema": 1, "fingerprint": digest, **request, "aliases": done.aliases})
             save_statistics_index(folder, meta_of(checkpoint, corpus, model.dtype_name), done.layers)
     return out
-
-
-def disk_bytes(model: StreamedModel, layout: Layout) -> int:
-    """The two files of hidden states that exist at once. The statistics are small beside a model."""
-    return 2 * layout.tokens * model.hidden_size * model.dtype.itemsize
 
 
 @dataclass
