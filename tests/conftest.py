@@ -1,0 +1,11 @@
+"""What every test shares: one thread for tiny matrices, and no network."""
+
+from __future__ import annotations
+
+import os
+
+# Before torch is imported: a second thread on matrices this small only waits for the first, and on a busy machine it
+# waits long (six times the processor time in one measured run).
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
