@@ -130,6 +130,15 @@ def test_impossible_values(folder: Path, tensor: str, value: float) -> None:
         load_statistics(folder)
 
 
+def test_counts_that_do_not_add_up(folder: Path) -> None:
+    def lose_a_token(tensors: dict[str, np.ndarray]) -> None:
+        tensors["experts.by_class.n"][2, int(tensors["experts.by_class.n"][2].argmax())] -= 1
+
+    rewrite_layer(folder, 1, lose_a_token)
+    with pytest.raises(CheckpointError, match=r"(?s)do not add up.*layer 1, class 'prose'"):
+        load_statistics(folder)
+
+
 @pytest.mark.parametrize(
     "change",
     [

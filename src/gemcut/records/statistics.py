@@ -160,7 +160,8 @@ def load_statistics(folder: Path, *, check_hashes: bool = True) -> Statistics:
 
     Raises:
         UsageError: there is no such folder.
-        CheckpointError: a layer file is missing, truncated, another layer's, or holds what cannot have been summed.
+        CheckpointError: a layer file is missing, truncated, another layer's, holds what cannot have been summed, or
+            counts that do not add up to the router's top-k per token.
     """
     index = load_statistics_index(folder)
     meta = index.meta
@@ -175,7 +176,23 @@ def load_statistics(folder: Path, *, check_hashes: bool = True) -> Statistics:
             into[:, row] = tensors[f"experts.by_class.{name}"]
         for name, into32 in by_question.items():
             into32[:, row] = tensors[f"experts.by_question.{name}"]
+    _check_counts(meta, by_class["n"])
     return Statistics(meta=meta, fingerprint=index.fingerprint, by_class=by_class, by_question=by_question)
+
+
+def _check_counts(meta: StatisticsMeta, n: F64) -> None:
+    """Σ_e n[c, l, e] = top_k · tokens of class c, in every layer: no token was lost, and none counted twice."""
+    for c, cls in enumerate(meta.classes):
+        wanted = meta.top_k * sum(q.tokens for q in meta.questions if q.cls == cls)
+        for layer, found in zip(meta.layers, n[c].sum(axis=1), strict=True):
+            if abs(found - wanted) > 0.5:
+                raise CheckpointError(
+                    "the routed tokens do not add up",
+                    where=f"layer {layer}, class {cls!r}",
+                    got=f"{found:g} routed",
+                    wanted=f"top-{meta.top_k} of {wanted // meta.top_k} tokens = {wanted}",
+                    hint="the file and its description come from different runs: observe again",
+                )
 
 
 def _check_size(folder: Path, index: StatisticsIndex) -> None:
