@@ -40,7 +40,8 @@ def resolve(ref: str) -> ResolvedModel:
     if not ref.startswith("hf://"):
         folder = Path(ref).expanduser()
         if folder.is_dir():
-            log.info("%s is a local folder", ref)
+            if _ID.fullmatch(ref):
+                log.info("%s: the local folder of that name, not the Hub's model", ref)
             return ResolvedModel(folder, folder.resolve().name, None, "folder")
         if folder.exists():
             raise UsageError("a model is a folder, not a file", where=ref, hint="name the folder around it")

@@ -188,8 +188,15 @@ def _as_meant(ref: TensorRef, edit: Edit | None, fact: TensorFact, found: Mappin
 def _describe(fact: TensorFact | None) -> str:
     if fact is None:
         return "no such tensor"
-    index = f" {len(fact.index)} along axis {fact.axis}" if fact.index is not None else ""
-    return f"{fact.found}{index}"
+    if fact.index is None or fact.axis is None:
+        return str(fact.found)
+    return f"{fact.found} {_positions(fact.index)} of axis {fact.axis}"
+
+
+def _positions(index: tuple[int, ...]) -> str:
+    """Enough positions to see which plan a tensor followed."""
+    shown = " ".join(map(str, index[:12]))
+    return f"{shown} … ({len(index)})" if len(index) > 12 else shown
 
 
 def _intent(ref: TensorRef | None, edit: Edit | None, healed: bool) -> str:
@@ -200,5 +207,5 @@ def _intent(ref: TensorRef | None, edit: Edit | None, healed: bool) -> str:
     if is_identity(ref, edit):
         return "same"
     if isinstance(edit, Take | Mask):
-        return f"{type(edit).__name__.lower()} {len(edit.index)} along axis {edit.axis}"
+        return f"{type(edit).__name__.lower()} {_positions(edit.index)} of axis {edit.axis}"
     return type(edit).__name__.lower()

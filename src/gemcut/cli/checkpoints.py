@@ -41,7 +41,7 @@ def inspect(model: str, talk: Talk) -> None:
         ("kind", "layers", "units per layer", "bytes per unit, all layers", "can go"),
         [(c.kind, len(c.layers), c.units, size(c.size_bytes_per_unit), f"down to {c.minimum}") for c in found.cuttable],
     )
-    talk.result(found, path=found.name)
+    talk.result(found, path=found.name, text="")
 
 
 @click.command()
@@ -90,7 +90,7 @@ def verify(model: str, base: str, plan_file: str | None, talk: Talk) -> None:
     )
     checks = stages.checks(report)
     talk.table("Verified", ("check", "", ""), [(c.name, "passed" if c.passed else "FAILED", c.detail) for c in checks])
-    talk.result(report, path=model)
+    talk.result(report, path=model, text="")
 
 
 @click.command()
@@ -126,7 +126,7 @@ def diff(a: str, b: str, talk: Talk) -> None:
             ("key", "before", "after"),
             [(key, str(before), str(after)) for key, (before, after) in manifest.config_changes.items()],
         )
-    talk.result(manifest, path=b)
+    talk.result(manifest, path=b, text="")
 
 
 def _diff_plans(a: Path, b: Path, talk: Talk) -> None:
@@ -143,4 +143,4 @@ def _diff_plans(a: Path, b: Path, talk: Talk) -> None:
             if layer.only_a or layer.only_b
         ],
     )
-    talk.result(found, path=b)
+    talk.result(found, path=b, text="")

@@ -70,7 +70,10 @@ class Talk:
         self._bars.clear()
 
     def result(self, value: object, *, path: Path | str | None = None, text: str | None = None) -> None:
-        """The result of the verb: JSON of the library's own dataclass, or only the path, or the text for people."""
+        """The result of the verb: JSON of the library's own dataclass, or only the path, or the text for people.
+
+        An empty text prints nothing: the tables before it were the result.
+        """
         self.close()
         if self.json:
             print(json.dumps(plain(value), indent=2, ensure_ascii=False))
@@ -78,7 +81,8 @@ class Talk:
             if path is not None:
                 print(path)
         elif text is not None:
-            print(text)
+            if text:
+                print(text)
         elif path is not None:
             print(path)
 

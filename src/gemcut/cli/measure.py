@@ -44,7 +44,7 @@ def kld(
     named = models.candidate_names(candidates)
     results = stages.kld(model, named, text, words, Path(out) if out else None, progress=talk.progress)
     show_kld(talk, results)
-    talk.result({"results": list(results.values())}, path=out)
+    talk.result({"results": list(results.values())}, path=out, text=out or "")
 
 
 def show_kld(talk: Talk, results: Mapping[str, KldResult], title: str = "KL(base ‖ candidate)") -> None:

@@ -40,7 +40,7 @@ def show_preflight(talk: Talk, found: Preflight) -> None:
             f"memory: {size(found.memory_bytes)} needed, {size(found.available_bytes)} available; {found.basis}"
         ),
     )
-    talk.result(found)
+    talk.result(found, text="")
 
 
 def duration(seconds: float) -> str:

@@ -81,4 +81,4 @@ def score(stats: str, criterion: str, params: tuple[str, ...], out: str | None, 
             for r in rows
         ],
     )
-    talk.result({"rows": rows}, path=out or stats)
+    talk.result({"rows": rows}, path=out or stats, text=out or "")
