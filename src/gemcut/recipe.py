@@ -57,7 +57,7 @@ class GuardWords(_Words):
     """What no criterion may drop."""
 
     super_factor: float | None = Field(
-        default=None, gt=1, description="keep experts whose largest |output| is this many times their layer's median"
+        default=50.0, gt=1, description="keep experts whose largest |output| is this many times their layer's median"
     )
     class_floor: int = Field(default=0, ge=0, description="every class keeps its own best N experts per layer")
     bootstrap: int = Field(

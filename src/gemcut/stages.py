@@ -79,7 +79,7 @@ def observe_settings(words: Observe) -> ObserveSettings:
 
 def statistics_summary(folder: Path) -> dict[str, Json]:
     """What an observation holds, for people."""
-    meta = records.load_statistics(folder).meta
+    meta = records.load_statistics_index(folder).meta
     per_class = {cls: sum(q.tokens for q in meta.questions if q.cls == cls) for cls in meta.classes}
     return {
         "tokens": meta.tokens,
