@@ -40,11 +40,11 @@ def relative_change(fd_before: int, before: TensorRef, fd_after: int, after: Ten
     step = PIECE_BYTES // 4 // 8
     for first in range(0, before.elements, step):
         n = min(step, before.elements - first)
-        old = decode(before.dtype, _elements(fd_before, before, first, n))
-        new = decode(after.dtype, _elements(fd_after, after, first, n))
-        if old is None or new is None:
-            return None
         with np.errstate(invalid="ignore", over="ignore"):
+            old = decode(before.dtype, _elements(fd_before, before, first, n))
+            new = decode(after.dtype, _elements(fd_after, after, first, n))
+            if old is None or new is None:
+                return None
             new -= old
             change += float(np.dot(new, new))
             norm += float(np.dot(old, old))

@@ -7,6 +7,7 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
+from gemcut.checkpoint.compare import Stored, changes_nothing
 from gemcut.checkpoint.diff import config_changes, diff
 from gemcut.checkpoint.folder import MANIFEST, SUMS, parse_sums
 from gemcut.checkpoint.gather import is_identity
@@ -147,7 +148,7 @@ def _check_intent(base: Checkpoint, facts: tuple[TensorFact, ...], edits: Edits,
         if name in healed:
             meant = fact is not None and fact.found == "values"
         else:
-            meant = fact is not None and _as_meant(ref, edits.get(name), fact, found)
+            meant = fact is not None and _as_meant(base, ref, edits.get(name), fact, found)
         if not meant:
             wrong.append(name)
     wrong += [fact.name for fact in facts if fact.found == "added" and fact.name not in renamed]
@@ -165,15 +166,18 @@ def _check_intent(base: Checkpoint, facts: tuple[TensorFact, ...], edits: Edits,
     )
 
 
-def _as_meant(ref: TensorRef, edit: Edit | None, fact: TensorFact, found: Mapping[str, TensorFact]) -> bool:
+def _as_meant(
+    base: Checkpoint, ref: TensorRef, edit: Edit | None, fact: TensorFact, found: Mapping[str, TensorFact]
+) -> bool:
     if is_identity(ref, edit):
         return fact.found == "same"
     match edit:
         case Take(axis=axis, index=index):
             return fact.found == "take" and fact.axis == axis and fact.index == index
         case Mask(axis=axis, index=index):
-            # a mask over zeros changes nothing; the differ tries the meant index first, so equal means equal bytes
-            return fact.found == "same" or (fact.found == "mask" and fact.axis == axis and fact.index == index)
+            if fact.found == "same":
+                return changes_nothing(Stored(base.path / ref.shard, ref), Mask(axis, index))
+            return fact.found == "mask" and fact.axis == axis and fact.index == index
         case Omit():
             return fact.found == "removed"
         case Rename(to=to):
