@@ -321,6 +321,7 @@ def routing(data: ReportData) -> Drawing | None:
             image = axes.imshow(mass[i], "cividis", norm=PowerNorm(0.5, 0, top), aspect="auto", interpolation="none")
             axes.set_title(f"{plain(cls)[:24]}  (n = {count(items[cls])} items)", fontsize=9.5, weight="normal")
             _bare(axes)
+            axes.set_xticks([0, mass.shape[2] // 2, mass.shape[2] - 1])
             axes.set_yticks([0, len(meta.layers) - 1], [str(meta.layers[0]), str(meta.layers[-1])])
         columns_are = "experts of a layer, the busiest over all classes at the left, in the same order in every panel"
         figure.supxlabel(columns_are, fontsize=9.5, color=MUTED)

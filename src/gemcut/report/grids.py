@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from gemcut.report.data import ReportData
 from gemcut.types import F64, I64, Statistics
 
+_ROUNDS_AT_ONCE = 25
 NEAR_TIE = (0.05, 0.95)  # a keep probability strictly between them means the corpus does not decide
 
 
@@ -131,23 +132,27 @@ def specialisation(statistics: Statistics, *, rounds: int = 200, seed: int = 0) 
     if min(len(m) for m in members) < 2 or len(counts) != len(labels):
         return None
     flat = counts.reshape(len(counts), -1)  # [Q, L·E]
-    shape = (len(meta.classes), *counts.shape[1:])
+    indicator = np.stack([labels == c for c in range(len(meta.classes))]).astype(np.float64)  # [C, Q]
 
-    def grouped(weights: F64) -> F64:
-        return np.asarray((weights @ flat).reshape(shape))
+    def distances(weights: F64) -> F64:
+        """Weights [R, C, Q] → distances [R, C, L], in one product: many small ones are slow on a busy machine."""
+        sums = weights.reshape(-1, len(counts)) @ flat
+        return _distance(sums.reshape(*weights.shape[:2], *counts.shape[1:]))
 
-    indicator = np.stack([labels == c for c in range(shape[0])]).astype(np.float64)  # [C, Q]
-    distance = _distance(grouped(indicator))
+    distance = distances(indicator[None])[0]
     rng = np.random.default_rng(seed)
-    drawn = np.empty((rounds, *distance.shape))
-    shuffled = np.empty((rounds, distance.shape[1]))
-    for i in range(rounds):
-        weights = np.zeros_like(indicator)
-        for c, m in enumerate(members):
-            weights[c] = np.bincount(rng.choice(m, len(m)), minlength=len(labels))
-        drawn[i] = _distance(grouped(weights))
-        shuffled[i] = _distance(grouped(indicator[:, rng.permutation(len(labels))])).max(axis=0)
-    low, high = np.percentile(drawn, [2.5, 97.5], axis=0) + (distance - drawn.mean(axis=0))
+    drawn, shuffled = [], []
+    for start in range(0, rounds, _ROUNDS_AT_ONCE):
+        weights = np.zeros((min(_ROUNDS_AT_ONCE, rounds - start), *indicator.shape))
+        for row in weights:
+            for c, m in enumerate(members):
+                row[c] = np.bincount(rng.choice(m, len(m)), minlength=len(labels))
+        drawn.append(distances(weights))
+        mixed = np.stack([indicator[:, rng.permutation(len(labels))] for _ in weights])
+        shuffled.append(distances(mixed).max(axis=1))
+    low, high = np.percentile(np.concatenate(drawn), [2.5, 97.5], axis=0) + (
+        distance - np.concatenate(drawn).mean(axis=0)
+    )
     return Specialisation(
         classes=meta.classes,
         layers=meta.layers,
@@ -155,6 +160,6 @@ def specialisation(statistics: Statistics, *, rounds: int = 200, seed: int = 0) 
         distance=distance,
         low=np.clip(low, 0, 1),
         high=np.clip(high, 0, 1),
-        chance=np.percentile(shuffled, 97.5, axis=0),
+        chance=np.percentile(np.concatenate(shuffled), 97.5, axis=0),
         rounds=rounds,
     )
