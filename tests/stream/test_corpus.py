@@ -251,6 +251,7 @@ def test_plain_text_in_chunks_loses_no_token(folder: Path, tmp_path: Path, monke
         ('{"id": "a", "class": "c", "text": "t", "weight": true}', "weight"),
         ('{"id": 7, "class": "c", "text": "t"}', "id"),
         ('{"id": " ", "class": "c", "text": "t"}', "id"),
+        ('{"id": "a", "class": "\\u001b[31mred", "text": "t"}', "control characters"),
         ('{"id": "a", "class": "", "text": "t"}', "class"),
         ('{"id": "a", "class": "c", "text": " \\n"}', "blank"),
         ('{"id": "a", "class": "c", "messages": []}', "blank"),

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from gemcut.errors import UsageError
 from gemcut.types import Json
@@ -25,7 +25,16 @@ PIECE_CHARACTERS = 1 << 20
 TEXT_CLASS = "text"
 
 TextItems = Literal["blocks", "chunks"]
-Name = Annotated[str, StringConstraints(min_length=1, max_length=512, pattern=r"^\S(.*\S)?$")]
+
+
+def _printable(name: str) -> str:
+    """Ids and classes appear in tables, errors and cards: no control characters, no blank ends."""
+    if not name.isprintable() or name != name.strip():
+        raise ValueError("a name with control characters, or with blanks around it")
+    return name
+
+
+Name = Annotated[str, StringConstraints(min_length=1, max_length=512), AfterValidator(_printable)]
 
 
 class Message(BaseModel):
