@@ -1,7 +1,7 @@
 """Write the pages that are projections of the code: docs/cli.md and docs/recipes.md.
 
-    python docs/build.py           rewrite them
-    python docs/build.py --check   exit 1 if they are stale (a test calls this)
+python docs/build.py           rewrite them
+python docs/build.py --check   exit 1 if they are stale (a test calls this)
 """
 
 from __future__ import annotations
@@ -44,9 +44,15 @@ def help_of(command: click.Command, path: str) -> str:
 
 def cli_page() -> str:
     """Every verb with an example and its help."""
-    parts = [HEAD, "# The command line\n\n", "stdout carries results, stderr progress and talk. Every verb has `--json` "]
+    parts = [
+        HEAD,
+        "# The command line\n\n",
+        "stdout carries results, stderr progress and talk. Every verb has `--json` ",
+    ]
     parts.append("(the library's own result as one object) and `-q` (only the path). Exit codes: 0 done, 2 usage, ")
-    parts.append("3 something is absent (package, disk, memory, device), 4 bytes disagree, 5 a quality gate failed and ")
+    parts.append(
+        "3 something is absent (package, disk, memory, device), 4 bytes disagree, 5 a quality gate failed and "
+    )
     parts.append("the work is kept, 6 an outside tool failed, 1 a bug, 130 interrupted and resumable.\n")
     for verb, (where, _) in VERBS.items():
         module, _, attribute = where.partition(":")
