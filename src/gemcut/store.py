@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import hashlib
 import json
@@ -156,13 +157,23 @@ def refuse_existing(out: Path, *, force: bool) -> None:
         )
 
 
+def _exchange(a: Path, b: Path) -> bool:
+    """Swap two folders in one step (Linux renameat2); False where the system or the file system cannot."""
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return bool(rename(here, os.fsencode(a), here, os.fsencode(b), exchange) == 0)
+
+
 @contextlib.contextmanager
 def atomic_folder(out: Path, *, force: bool = False, keep_partial: bool = False) -> Iterator[Path]:
     """Yield `out.partial/`; rename it to `out` when the block succeeds.
 
-    An existing `out` is refused without `force`; with it, the old folder is moved aside first and removed last, so
-    that a kill leaves the old or the new one whole. On an error the partial folder is removed unless `keep_partial`
-    (a stage that resumes).
+    An existing `out` is refused without `force`; with it, old and new are exchanged in one step where the file system
+    can, so that a kill leaves the old or the new one whole. On an error the partial folder is removed unless
+    `keep_partial` (a stage that resumes).
     """
     refuse_existing(out, force=force)
     partial = out.with_name(out.name + PARTIAL)
@@ -178,11 +189,14 @@ def atomic_folder(out: Path, *, force: bool = False, keep_partial: bool = False)
             raise
         fsync_folder(partial)
         old = out.with_name(out.name + ".old" + PARTIAL)
-        if out.exists():
-            if old.exists():
-                shutil.rmtree(old)
-            os.replace(out, old)
-        os.replace(partial, out)
+        if old.exists():
+            shutil.rmtree(old)
+        if out.exists() and _exchange(partial, out):
+            os.replace(partial, old)  # never found by a later run as work to resume
+        else:
+            if out.exists():
+                os.replace(out, old)
+            os.replace(partial, out)
         fsync_folder(out.parent)
         if old.exists():
             shutil.rmtree(old, ignore_errors=True)
