@@ -93,7 +93,8 @@ def text_config(shape: Shape) -> dict[str, object]:
 
 def tensors(shape: Shape) -> dict[str, tuple[tuple[int, ...], str]]:
     """Name (below `PREFIX`) to (shape, kind); kinds are `matrix`, `embedding`, `router`, `norm:<init>`, `scalar`."""
-    hidden, found = shape.hidden, {}
+    hidden = shape.hidden
+    found: dict[str, tuple[tuple[int, ...], str]] = {}
     found["embed_tokens.weight"] = ((shape.vocab, hidden), "embedding")
     branch = f"norm:{1 / math.sqrt(2 * shape.layers)}"
     for layer in range(shape.layers):

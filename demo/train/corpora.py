@@ -14,21 +14,20 @@ from tokenizers import Tokenizer
 
 ITEMS = 40
 CHATS = 36  # of the generated classes; code and prose have 8 chats, the rest is text
-LIMITS = {"text": (200, 480), "chat": (100, 480)}
+LIMITS = {"text": (180, 500), "chat": (100, 480)}
 
 
 def chosen(documents: list[Document], tokenizer: Tokenizer, label: str) -> list[Document]:
-    """The first documents of fitting length: `CHATS` chats and the rest text, or 8 chats and the rest text."""
-    chats = CHATS if label in GENERATORS else 8
-    wanted = {"chat": chats, "text": ITEMS - chats}
-    picked = []
+    """`ITEMS` documents of fitting length, in their order: the first so many chats, and text for the rest."""
+    fitting = []
     for document in documents:
-        kind = "chat" if document.messages else "text"
-        low, high = LIMITS[kind]
-        if wanted[kind] and low <= len(tokenizer.encode(rendered(document)).ids) <= high:
-            wanted[kind] -= 1
-            picked.append(document)
-    return picked
+        low, high = LIMITS["chat" if document.messages else "text"]
+        if low <= len(tokenizer.encode(rendered(document)).ids) <= high:
+            fitting.append(document)
+    chats = [item for item in fitting if item.messages][: CHATS if label in GENERATORS else 8]
+    picked = {item.key for item in chats}
+    picked |= {item.key for item in [item for item in fitting if item.text][: ITEMS - len(chats)]}
+    return [item for item in fitting if item.key in picked]
 
 
 def lines(split: str, label: str, documents: list[Document]) -> list[str]:

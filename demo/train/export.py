@@ -79,7 +79,8 @@ def export(shape: Shape, state: Path, tokenizer: Path, out: Path) -> None:
     values = trained(shape, state)
     if not all(bool(torch.isfinite(value).all()) for value in values.values()):
         raise ValueError("the state holds a value that is not finite")
-    parts, where = shards(values, shape.shards), {}
+    parts = shards(values, shape.shards)
+    where: dict[str, str] = {}
     for index, part in enumerate(parts, 1):
         name = f"model-{index:05d}-of-{len(parts):05d}.safetensors"
         save_file(part, out / name, {"format": "pt"})

@@ -14,7 +14,7 @@ def orthogonalised(gradient: Tensor) -> Tensor:
     Source: Muon, K. Jordan et al. 2024, "Muon: an optimizer for hidden layers".
     """
     a, b, c = COEFFICIENTS
-    x = gradient.reshape(-1, *gradient.shape[-2:])
+    x: Tensor = gradient.reshape(-1, *gradient.shape[-2:])
     x = (x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)).bfloat16()
     tall = x.shape[-2] > x.shape[-1]
     if tall:

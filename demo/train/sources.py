@@ -46,16 +46,26 @@ def pieces(text: str, size: int = PIECE_CHARACTERS) -> Iterator[str]:
         yield "\n".join(block).strip("\n") + "\n"
 
 
+def _segment(lines: list[bytes], node: ast.FunctionDef) -> str:
+    """The source of a function; `ast.get_source_segment` would cut the whole text into lines every time."""
+    found = lines[node.lineno - 1 : node.end_lineno]
+    if len(found) > 1:
+        found[-1] = found[-1][: node.end_col_offset]
+    found[0] = found[0][node.col_offset :]
+    return b"\n".join(found).decode("utf-8", "ignore")
+
+
 def _functions(module: str, text: str) -> Iterator[tuple[str, str, str]]:
     """Qualified name, source and first docstring paragraph of the documented functions of a module."""
     try:
         tree = ast.parse(text)
     except (SyntaxError, ValueError):
         return
+    lines = text.encode().split(b"\n")
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef):
             doc = ast.get_docstring(node)
-            source = ast.get_source_segment(text, node)
+            source = _segment(lines, node)
             if doc and source and 80 < len(source) < 1500 and len(doc) > 30:
                 yield f"{module}.{node.name}", source, re.sub(r"\s+", " ", doc.split("\n\n")[0]).strip()
 

@@ -1,6 +1,7 @@
 """Class `logic`: syllogisms, orderings, rule chains, boolean evaluation, truth tables."""
 
 import random
+from collections.abc import Callable
 from itertools import pairwise
 
 from demo.train.document import Document
@@ -86,6 +87,13 @@ RULES = (
     ("the bridge closes", "the train stops"),
     ("the oven is hot", "the bread rises"),
     ("the bread rises", "the baker smiles"),
+)
+
+
+CONNECTIVES: tuple[tuple[str, Callable[[bool, bool], bool]], ...] = (
+    ("and", lambda a, b: a and b),
+    ("or", lambda a, b: a or b),
+    ("implies", lambda a, b: not a or b),
 )
 
 
@@ -199,9 +207,7 @@ def boolean(rng: random.Random) -> Exchange:
 
 def table(rng: random.Random) -> Exchange:
     p, q = rng.sample("pqrst", 2)
-    word, rule = rng.choice(
-        (("and", lambda a, b: a and b), ("or", lambda a, b: a or b), ("implies", lambda a, b: not a or b))
-    )
+    word, rule = rng.choice(CONNECTIVES)
     negated = rng.random() < 0.4
     formula = f"{p} {word} not {q}" if negated else f"{p} {word} {q}"
     rows, count = [], 0
