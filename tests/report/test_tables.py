@@ -127,6 +127,20 @@ def test_dropped_rows_name_every_dropped_unit() -> None:
         assert [int(text) for text in row[2].split(", ")] == sorted(data.plan.layers[layer].drop)
 
 
+def test_dropped_rows_name_ties_and_guarded_units() -> None:
+    data = full()
+    table = t.dropped_rows(data)
+    assert table is not None
+    held = sum(len(row[4].split(", ")) for row in table.rows if row[4] != "–")
+    assert held == sum(int(mask.sum()) for mask in data.protected.values())
+    assert any(set(row[3].split(", ")) & set(row[2].split(", ")) for row in table.rows)
+
+
+def test_nested_parameters_are_told_apart() -> None:
+    value = {"keep": 16, "guards": {"super_factor": 50.0, "class_floor": 0}, "score": {}, "on": True}
+    assert t.json_text(value) == "keep = 16, guards = (super_factor = 50, class_floor = 0), score = (none), on = yes"  # type: ignore[arg-type]
+
+
 def test_components_sum_to_the_total() -> None:
     data = full()
     assert sum(data.base.components.values()) == data.base.size_bytes

@@ -38,8 +38,12 @@ def method_rows(data: ReportData) -> Table:
             rows.append(("Router", f"{meta.experts} experts, top {meta.top_k}, {len(meta.layers)} layers with experts"))
     if data.plan is not None:
         rows.append(("Criterion", data.plan.criterion))
-        if data.plan.params:
-            rows.append(("Its parameters", json_text(dict(data.plan.params))))
+        # the guarded units are in the figure and in the table of dropped units, notes have a line of their own
+        params = {key: value for key, value in data.plan.params.items() if key not in ("guarded", "notes")}
+        if params:
+            rows.append(("Its parameters", json_text(params)))
+        if notes := data.plan.params.get("notes"):
+            rows.append(("Notes of the plan", json_text(notes)))
     for note in data.criteria:
         if data.plan is None or note.name == data.plan.criterion:
             rows.append((f"Formula of {note.name}", f"{note.formula} ({note.source})"))
@@ -155,6 +159,11 @@ def limits(data: ReportData) -> tuple[str, ...]:
             out.append(
                 "KLD compares next-token distributions on given text. It is no benchmark score and says nothing about "
                 "long generations, tools or languages that the evaluation corpus does not hold."
+            )
+        if sum(not one.is_noise_floor for one in data.kld) > 1:
+            out.append(
+                "All candidates were measured on the same chunks, so their intervals move together: overlap alone does "
+                "not mean that two of them are equal."
             )
         corpus = data.statistics.meta.corpus_hash if data.statistics else data.plan.corpus_hash if data.plan else ""
         if corpus and corpus == entry.result.corpus_hash:

@@ -123,7 +123,10 @@ def wilson(share: float, n: int, z: float = 1.959964) -> tuple[float, float]:
 def json_text(value: Json) -> str:
     """A recipe or config value in one line."""
     if isinstance(value, dict):
-        return ", ".join(f"{key} = {json_text(item)}" for key, item in value.items())
+        pairs = (
+            (key, f"({json_text(item)})" if isinstance(item, dict) else json_text(item)) for key, item in value.items()
+        )
+        return ", ".join(f"{key} = {text}" for key, text in pairs) or "none"
     if isinstance(value, list):
         text = ", ".join(json_text(item) for item in value[:12])
         return f"[{text}{', …' if len(value) > 12 else ''}]"
@@ -247,7 +250,7 @@ def change_rows(data: ReportData) -> Table | None:
         span = f"{min(known):.2g} – {max(known):.2g}" if known else "–"
         rows.append((pattern, count(len(changes)), found, before, after, span))
     columns = ("Tensors", "Number", "Found", "Shape before", "Shape after", "Relative change")
-    return Table(columns, tuple(rows), "lrlllr")
+    return Table(columns, tuple(rows), "lrlrrr")
 
 
 def shape(value: tuple[int, ...] | None) -> str:
@@ -265,17 +268,23 @@ def component_rows(before: ModelFacts, after: ModelFacts) -> Table:
 
 
 def dropped_rows(data: ReportData) -> Table | None:
-    """One row per layer: what stays, what goes, and how often each reason was given."""
+    """One row per layer: what goes, which of it is a near tie, and what a guard keeps. plan.json has every reason."""
     if data.plan is None or not data.layers:
         return None
     rows = []
-    for layer in data.layers:
+    for row, layer in enumerate(data.layers):
         plan = data.plan.layers[layer]
-        reasons = sorted({reason for reason in plan.drop.values() if reason})
-        counted = (f"{reason} ({list(plan.drop.values()).count(reason)})" for reason in reasons)
-        why = "; ".join(counted) if len(reasons) <= 3 else f"{len(reasons)} different reasons, see plan.json"
-        rows.append((str(layer), str(len(plan.keep)), ", ".join(map(str, sorted(plan.drop))) or "none", why or "–"))
-    return Table(("Layer", "Kept", f"Dropped {units_name(data)}", "Why"), tuple(rows), "rrll")
+        tied = [unit for unit in sorted(plan.drop) if _is_tie(data, row, unit)]
+        held = [unit for unit in sorted(plan.keep) if any(mask[row, unit] for mask in data.protected.values())]
+        lists = (", ".join(map(str, units)) or "–" for units in (sorted(plan.drop), tied, held))
+        rows.append((str(layer), str(len(plan.keep)), *lists))
+    columns = ("Layer", "Kept", f"Dropped {units_name(data)}", "Near ties among them", "Kept by a guard")
+    return Table(columns, tuple(rows), "rrlll")
+
+
+def _is_tie(data: ReportData, row: int, unit: int) -> bool:
+    p = data.keep_probability
+    return p is not None and NEAR_TIE[0] < float(p[row, unit]) < NEAR_TIE[1]
 
 
 # ---------------------------------------------------------------- what it cost
@@ -360,7 +369,13 @@ def doubt_rows(data: ReportData, limit: int = 12) -> Table | None:
             break
         low, high = wilson(value, data.bootstrap_rounds)
         layer = data.plan.layers[data.layers[row]]
-        fate = "kept" if unit in layer.keep else f"dropped: {layer.drop.get(unit) or 'no reason given'}"
+        fate = "kept" if unit in layer.keep else "dropped"
+        if data.plan_scores is not None:
+            values = data.plan_scores.values[row]
+            rank = 1 + int((values > values[unit]).sum())
+            fate += f", rank {rank} of {len(values)} by {data.plan.criterion}"
+        elif layer.drop.get(unit):
+            fate += f": {layer.drop[unit]}"
         share = interval(Estimate(value, low, high, data.bootstrap_rounds))
         rows.append((str(data.layers[row]), str(unit), share, fate))
     columns = (
