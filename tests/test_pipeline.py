@@ -13,10 +13,10 @@ import time
 from pathlib import Path
 
 import pytest
-from tiny import make_tiny
 
 from gemcut import pipeline, preflight, recipe
 from gemcut.errors import QualityError, UsageError
+from tiny import make_tiny
 
 WORDS = ("the", "nine", "rain", "on", "a", "hill", "is", "red", "and", "or", "not", "add", "two")
 

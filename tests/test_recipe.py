@@ -36,7 +36,8 @@ def test_shorthand_and_defaults() -> None:
 
 
 def test_set_reaches_every_depth() -> None:
-    words = recipe.parse(GOOD, "x", ("plan.keep=6", "plan.guards.class_floor=2", "score.params.of=f", "kld.corpus=c.jsonl"))
+    sets = ("plan.keep=6", "plan.guards.class_floor=2", "score.params.of=f", "kld.corpus=c.jsonl")
+    words = recipe.parse(GOOD, "x", sets)
     assert words.plan.keep == 6
     assert words.plan.guards.class_floor == 2
     assert words.score.criterion == "reap"

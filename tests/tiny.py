@@ -22,21 +22,45 @@ TEMPLATE = """{{ bos_token }}{% if enable_thinking is defined and enable_thinkin
 
 def text_config(kind: Kind, **overrides: Any) -> dict[str, Any]:
     """Flat keys, as the original checkpoints have them."""
-    config: dict[str, Any] = dict(
-        model_type="gemma4_text", vocab_size=VOCABULARY, hidden_size=64, intermediate_size=96, num_hidden_layers=6,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=16, global_head_dim=32, num_global_key_value_heads=1,
-        attention_k_eq_v=True, num_kv_shared_layers=0, hidden_size_per_layer_input=0,
-        vocab_size_per_layer_input=VOCABULARY, use_double_wide_mlp=False,
-        layer_types=["sliding_attention"] * 5 + ["full_attention"], sliding_window=8, max_position_embeddings=512,
-        final_logit_softcapping=30.0, tie_word_embeddings=True, initializer_range=0.05, rms_norm_eps=1e-6,
-        hidden_activation="gelu_pytorch_tanh", attention_bias=False, attention_dropout=0.0,
-        use_bidirectional_attention=None, pad_token_id=0, eos_token_id=1, bos_token_id=2, enable_moe_block=False,
-        num_experts=None, top_k_experts=None, moe_intermediate_size=None,
-        rope_parameters={
+    config: dict[str, Any] = {
+        "model_type": "gemma4_text",
+        "vocab_size": VOCABULARY,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "global_head_dim": 32,
+        "num_global_key_value_heads": 1,
+        "attention_k_eq_v": True,
+        "num_kv_shared_layers": 0,
+        "hidden_size_per_layer_input": 0,
+        "vocab_size_per_layer_input": VOCABULARY,
+        "use_double_wide_mlp": False,
+        "layer_types": ["sliding_attention"] * 5 + ["full_attention"],
+        "sliding_window": 8,
+        "max_position_embeddings": 512,
+        "final_logit_softcapping": 30.0,
+        "tie_word_embeddings": True,
+        "initializer_range": 0.05,
+        "rms_norm_eps": 1e-6,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "use_bidirectional_attention": None,
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+        "bos_token_id": 2,
+        "enable_moe_block": False,
+        "num_experts": None,
+        "top_k_experts": None,
+        "moe_intermediate_size": None,
+        "rope_parameters": {
             "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
             "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1e6},
         },
-    )  # fmt: skip
+    }
     if kind.startswith("moe"):
         config.update(enable_moe_block=True, num_experts=8, top_k_experts=2, moe_intermediate_size=32)
     config.update(overrides)
@@ -96,7 +120,7 @@ def make_tokenizer(folder: Path) -> None:
                 "mask_token": "<mask>",
                 "clean_up_tokenization_spaces": False,
             }
-        )  # fmt: skip
+        )
     )
     (folder / "chat_template.jinja").write_text(TEMPLATE)
 

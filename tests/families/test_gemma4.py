@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tiny import full_config, make_tiny
 
 from gemcut.errors import CheckpointError, UsageError
 from gemcut.families import ARCHITECTURES, family_names, family_of
 from gemcut.families.base import COMPONENTS
 from gemcut.families.gemma4 import FAMILY, head_dim, sites, text_config
 from gemcut.types import LayerPlan, Plan
+from tiny import full_config, make_tiny
 
 
 def plan(keep: dict[int, tuple[int, ...]], units: int = 8) -> Plan:
@@ -28,7 +28,9 @@ def test_map_names_modules_that_exist() -> None:
         assert family.name in family_names()
 
 
-@pytest.mark.parametrize("config", [{}, {"architectures": []}, {"architectures": ["LlamaForCausalLM"]}, {"architectures": 3}])
+@pytest.mark.parametrize(
+    "config", [{}, {"architectures": []}, {"architectures": ["LlamaForCausalLM"]}, {"architectures": 3}]
+)
 def test_unknown_architecture_says_which_exist(config: dict) -> None:
     with pytest.raises(UsageError) as caught:
         family_of(config)
@@ -59,7 +61,7 @@ def test_head_dim_of_both_config_forms() -> None:
 
 def test_shrink_changes_one_key() -> None:
     config = full_config("moe")
-    new = FAMILY.shrink(config, plan({i: (0, 1, 2, 5) for i in range(6)}))
+    new = FAMILY.shrink(config, plan(dict.fromkeys(range(6), (0, 1, 2, 5))))
     assert new["text_config"]["num_experts"] == 4
     new["text_config"]["num_experts"] = 8
     assert new == config
@@ -75,9 +77,15 @@ def test_shrink_refuses_what_the_format_cannot_say() -> None:
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("num_hidden_layers", "6"), ("layer_types", ["sliding_attention"]), ("num_attention_heads", True),
-                       ("layer_types", ["odd"] * 6), ("num_experts", -1)]
-)  # fmt: skip
+    ("key", "value"),
+    [
+        ("num_hidden_layers", "6"),
+        ("layer_types", ["sliding_attention"]),
+        ("num_attention_heads", True),
+        ("layer_types", ["odd"] * 6),
+        ("num_experts", -1),
+    ],
+)
 def test_config_that_lies_is_a_checkpoint_error(tmp_path: Path, key: str, value: object) -> None:
     text = dict(text_config(full_config("moe")))
     text[key] = value
