@@ -52,6 +52,19 @@ def observe_rows(r: dict[str, Any]) -> list[Row]:
     return [(row["what"], row["target"], row["measured"]) for row in r["rows"]]
 
 
+def memory_rows(r: dict[str, Any]) -> list[Row]:
+    where = f"{r['layers']} layers of {r['layer_bytes'] / 2**30:.2f} GiB"
+    tokens = {"observe": f", {r['tokens']} tokens", "kld": f", {r['tokens']} tokens, base and one candidate"}
+    return [
+        (
+            f"`{verb}`, peak memory",
+            "",
+            f"{row['peak_bytes'] / 2**20:.0f} MiB ({where}{tokens.get(verb, '')}; {row['seconds']:.1f} s)",
+        )
+        for verb, row in r["verbs"].items()
+    ]
+
+
 def mask_rows(r: dict[str, Any]) -> list[Row]:
     n = f"n = {r['tokens']} tokens of {r['items']} items, {r['dtype']}, stock transformers"
     return [("drop against router-masked base", "max |Δlogit| = 0.0", f"{r['max_abs_logit_difference']}; {n}")]
@@ -63,6 +76,7 @@ BENCHES: dict[str, tuple[list[str], Callable[[dict[str, Any]], list[Row]]]] = {
     "score": (["bench_score.py"], score_rows),
     "start": (["bench_start.py"], start_rows),
     "mask": (["bench_mask.py"], mask_rows),
+    "memory": (["bench_memory.py"], memory_rows),
 }
 
 

@@ -1,0 +1,86 @@
+"""Peak resident memory and wall time of every verb, on a checkpoint with the real layer geometry.
+
+    python bench/bench_memory.py [--json] [--layers 2] [--folder DIR]
+
+Whole processes as a user would start them. The synthetic weights are random, so that only sizes and times mean
+anything. The demo's tokenizer and corpora are used: their vocabulary of 4096 is the synthetic checkpoint's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+import synthetic
+
+from gemcut import shipped
+from gemcut.checkpoint import open_checkpoint
+
+
+def run(*args: str) -> dict[str, float]:
+    """One verb: seconds and peak resident bytes of its process."""
+    command = [sys.executable, "-m", "gemcut.cli.main", *args, "-q"]
+    start = time.perf_counter()
+    pid = os.posix_spawn(sys.executable, command, os.environ, file_actions=[(os.POSIX_SPAWN_CLOSE, 1)])
+    _, status, usage = os.wait4(pid, 0)
+    if status != 0:
+        raise SystemExit(f"gemcut {args[0]} ended with status {status}")
+    return {"seconds": round(time.perf_counter() - start, 2), "peak_bytes": usage.ru_maxrss << 10}
+
+
+def measure(folder: Path, layers: int, tokens: int) -> dict[str, object]:
+    """Every verb once, in the order of a real job."""
+    base, stats, plan, out = folder / "base", folder / "stats", folder / "plan.json", folder / "cut"
+    synthetic.write(base, layers=layers)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(shipped.demo_folder() / "moe" / name, base / name)
+    checkpoint = open_checkpoint(base)
+    prefix = checkpoint.family.layer_prefix(checkpoint.tensors, layers - 1)
+    layer = sum(ref.size_bytes for name, ref in checkpoint.tensors.items() if name.startswith(prefix))
+    limit = ["--max-tokens", str(tokens)]
+    rows = {
+        "inspect": run("inspect", str(base)),
+        "observe": run("observe", str(base), "--corpus", "demo:calibration", "-o", str(stats), *limit),
+        "score": run("score", str(stats)),
+        "plan": run("plan", "experts", str(stats), "--keep", "98", "-o", str(plan)),
+        "cut": run("cut", str(base), "--plan", str(plan), "-o", str(out)),
+        "verify": run("verify", str(out), "--base", str(base), "--plan", str(plan)),
+        "diff": run("diff", str(base), str(out)),
+        "kld": run("kld", str(base), str(out), "--corpus", "demo:heldout", *limit),
+    }
+    return {
+        "verbs": rows,
+        "layers": layers,
+        "layer_bytes": layer,
+        "size_bytes": checkpoint.size_bytes,
+        "tokens": tokens,
+    }
+
+
+def main() -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--folder", type=Path, help="where the checkpoint is written; a temporary folder by default")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=args.folder) as temporary:
+        found = measure(Path(temporary), args.layers, args.tokens)
+    if args.json:
+        print(json.dumps(found, indent=2))
+    else:
+        for verb, row in found["verbs"].items():  # type: ignore[attr-defined]
+            print(f"{verb:8} {row['peak_bytes'] / 2**20:8.0f} MiB {row['seconds']:8.1f} s")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
