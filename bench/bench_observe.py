@@ -1,0 +1,235 @@
+"""What observing costs on top of a plain forward, and how much memory it takes, at the geometry of 26B-A4B.
+
+    python bench/bench_observe.py [--json] [--tokens 8192 --pairs 5] [--only cost,memory]
+
+Cost: one sliding and one full-attention layer in bfloat16, the same tokens, once through the layer alone and once with
+every statistic, in turn. The plain forward uses whichever experts implementation is faster here. Reading weights and
+hidden states is left out. A Gram matrix takes the share of tokens that it would take in a run of 400,000 tokens. What
+happens once per layer (allocating, mirroring and writing the sums) is timed apart.
+
+Memory: `observe` in a process of its own on checkpoints of 2 and of 6 layers; VmHWM. Needs 14 GB of disk.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+import synthetic
+
+RUN_TOKENS = 400_000
+SLIDING, FULL = 25, 5  # of the 30 layers of 26B-A4B
+COST_LIMIT = 1.10
+ITEM_TOKENS = 2048
+
+
+def corpus(tokens: int) -> Any:
+    """Random ids in items of ITEM_TOKENS, two classes."""
+    import numpy as np
+
+    from gemcut.stream.corpus import Corpus, Row
+
+    rng = np.random.default_rng(0)
+    rows = tuple(
+        Row(f"item {i}", "ab"[i % 2], np.concatenate([[2], rng.integers(10, 4000, ITEM_TOKENS - 1)]), 1.0)
+        for i in range(tokens // ITEM_TOKENS)
+    )
+    return Corpus(rows, "0" * 64, "0" * 64, "0" * 64, "text: added", ITEM_TOKENS, 0, ("a", "b"))
+
+
+class Cost:
+    """One layer of one checkpoint, plain and observed."""
+
+    def __init__(self, folder: Path, layer: int, tokens: int) -> None:
+        from gemcut.checkpoint.read import open_checkpoint
+        from gemcut.observe.batches import lay_out
+        from gemcut.observe.settings import ObserveSettings
+        from gemcut.stream.model import StreamedModel
+
+        checkpoint = open_checkpoint(folder)
+        self.index = layer
+        self.plain_model = StreamedModel.open(checkpoint, experts="recording")
+        self.layout = lay_out(corpus(tokens), ObserveSettings().batch_tokens, 4096)
+        self.hidden = [self.plain_model.embed(self.layout.ids(batch)) for batch in self.layout.batches]
+        self.width = int(checkpoint.ref(f"model.language_model.layers.{layer}.self_attn.o_proj.weight").shape[1])
+        self.gram_share = ObserveSettings().gram_take(self.width, RUN_TOKENS) / RUN_TOKENS
+        self.settings = ObserveSettings(gram_tokens=max(1, round(self.gram_share * self.layout.tokens)))
+
+    def plain(self, module: Any) -> float:
+        start = time.perf_counter()
+        for hidden in self.hidden:
+            self.plain_model.run_layer(module, hidden)
+        return time.perf_counter() - start
+
+    def observed(self, module: Any, once: dict[str, float], out: Path) -> float:
+        from gemcut.observe.folder import save_layer
+        from gemcut.observe.layer import LayerObserver
+
+        begin = time.perf_counter()
+        observer = LayerObserver(self.index, module, self.layout, self.settings, 1e-6, self.plain_model.device)
+        with observer:
+            start = time.perf_counter()
+            for batch, hidden in zip(self.layout.batches, self.hidden, strict=True):
+                observer.start(batch)
+                observer.finish(self.plain_model.run_layer(module, hidden))
+            seconds = time.perf_counter() - start
+        done = time.perf_counter()
+        save_layer(out, self.index, observer.tensors(), {})
+        once["seconds"] = start - begin + time.perf_counter() - done
+        return seconds
+
+    def run(self, pairs: int) -> dict[str, Any]:
+        """Alternating pairs behind one of each that does not count."""
+        times: dict[str, list[float]] = {"plain": [], "observed": []}
+        once: dict[str, float] = {}
+        with tempfile.TemporaryDirectory() as temporary, self.plain_model.layer(self.index) as module:
+            out = Path(temporary)
+            self.plain(module)
+            self.observed(module, once, out)
+            stock = self.stock(module)
+            for pair in range(pairs):
+                for what in ("plain", "observed") if pair % 2 == 0 else ("observed", "plain"):
+                    seconds = self.plain(module) if what == "plain" else self.observed(module, once, out)
+                    times[what].append(seconds)
+        ratios = [o / p for o, p in zip(times["observed"], times["plain"], strict=True)]
+        return {
+            "layer": self.index, "width": self.width, "tokens": self.layout.tokens, "gram_share": self.gram_share,
+            "plain_seconds": [round(t, 3) for t in times["plain"]],
+            "observed_seconds": [round(t, 3) for t in times["observed"]],
+            "ratios": [round(r, 4) for r in ratios], "once_seconds": round(once["seconds"], 3),
+            "stock_experts_seconds": round(stock, 3),
+        }  # fmt: skip
+
+    def stock(self, module: Any) -> float:
+        """The same layer with the experts implementation that transformers takes by default."""
+        from gemcut.stream.experts import RECORDING
+
+        config = module.experts.config
+        config._experts_implementation = "grouped_mm"
+        try:
+            return self.plain(module)
+        finally:
+            config._experts_implementation = RECORDING
+
+
+def memory(folder: Path, tokens: int, out: Path) -> dict[str, Any]:
+    """Runs in a process of its own."""
+    from gemcut.checkpoint.read import open_checkpoint
+    from gemcut.observe.memory import observe_memory_bytes
+    from gemcut.observe.run import observe
+    from gemcut.observe.settings import ObserveSettings
+
+    checkpoint = open_checkpoint(folder)
+    settings = ObserveSettings()
+    start = time.perf_counter()
+    observe(checkpoint, corpus(tokens), out, settings=settings)
+    seconds = time.perf_counter() - start
+    peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    per_layer = [
+        sum(ref.size_bytes for name, ref in checkpoint.tensors.items() if f".layers.{i}." in name)
+        for i in range(int(checkpoint.text_config["num_hidden_layers"]))  # type: ignore[arg-type]
+    ]
+    return {
+        "layers": len(per_layer), "peak_bytes": int(peak.split()[1]) * 1024, "layer_bytes": max(per_layer),
+        "estimate_bytes": observe_memory_bytes(checkpoint, settings), "seconds": round(seconds, 1), "tokens": tokens,
+    }  # fmt: skip
+
+
+def rows(found: dict[str, Any]) -> list[dict[str, str]]:
+    """Lines of docs/bench.md."""
+    out = []
+    if "cost" in found:
+        s, f = found["cost"]["sliding"], found["cost"]["full"]
+        n = len(s["ratios"])
+        both = [
+            (SLIDING * a + FULL * b) / (SLIDING * c + FULL * d)
+            for a, b, c, d in zip(
+                s["observed_seconds"], f["observed_seconds"], s["plain_seconds"], f["plain_seconds"], strict=True
+            )
+        ]
+        found["cost_ratio"] = round(statistics.median(both), 4)
+        out.append({
+            "what": "compute of `observe`, every statistic on, against a plain forward",
+            "target": f"≤ {COST_LIMIT:.2f} ×",
+            "measured": f"{statistics.median(both):.3f} × ({min(both):.3f} to {max(both):.3f}, n = {n} alternating pairs); "
+            f"sliding layer {statistics.median(s['ratios']):.3f} ×, full layer {statistics.median(f['ratios']):.3f} ×, "
+            f"weighed 25 to 5; {s['tokens']} tokens, bf16, Gram on {s['gram_share']:.1%} and {f['gram_share']:.1%} of them "
+            "as in a run of 0.4 M tokens; weights and hidden states in memory",
+        })  # fmt: skip
+        forward = (SLIDING * s["plain_seconds"][0] + FULL * f["plain_seconds"][0]) / 30 / s["tokens"] * RUN_TOKENS
+        once = (SLIDING * s["once_seconds"] + FULL * f["once_seconds"]) / 30
+        out.append({
+            "what": "once per layer: allocate, mirror and write the sums",
+            "target": "",
+            "measured": f"{once:.1f} s a layer = {once / forward:.1%} of its forward in a run of 0.4 M tokens; n = 1",
+        })  # fmt: skip
+        out.append({
+            "what": "the same plain forward with transformers' default experts (`grouped_mm`)",
+            "target": "",
+            "measured": f"{s['stock_experts_seconds'] / statistics.median(s['plain_seconds']):.2f} × "
+            "ours without a recorder, sliding layer, n = 1",
+        })  # fmt: skip
+    if "memory" in found:
+        two, six = found["memory"]
+        limit = two["layer_bytes"] + (2 << 30)
+        out.append({
+            "what": "peak memory of `observe`, 2 and 6 layers",
+            "target": f"≤ one layer + 2 GiB = {limit / 2**30:.2f} GiB, equal within 5 %",
+            "measured": f"{two['peak_bytes'] / 2**30:.2f} and {six['peak_bytes'] / 2**30:.2f} GiB "
+            f"(difference {abs(six['peak_bytes'] / two['peak_bytes'] - 1):.1%}; estimated beforehand "
+            f"{six['estimate_bytes'] / 2**30:.2f} GiB); {six['tokens']} tokens, n = 1 each",
+        })  # fmt: skip
+    return out
+
+
+def main() -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--only", default="cost,memory")
+    parser.add_argument("--keep", type=Path, help="where checkpoints are kept between runs")
+    parser.add_argument("--child", nargs=2, type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        print(json.dumps(memory(args.child[0], args.tokens, args.child[1])))
+        return 0
+    found: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        root = args.keep or Path(temporary)
+        made = {}
+        for layers in (2, 6) if "memory" in args.only else (2,):
+            made[layers] = root / f"layers-{layers}"
+            if not made[layers].exists():
+                synthetic.write(made[layers], layers=layers)
+        if "cost" in args.only:
+            found["cost"] = {
+                name: Cost(made[2], layer, args.tokens).run(args.pairs) for name, layer in (("sliding", 0), ("full", 1))
+            }
+        if "memory" in args.only:
+            found["memory"] = []
+            for layers, folder in made.items():
+                command = [sys.executable, __file__, "--tokens", str(args.tokens), "--child", str(folder)]
+                stats = Path(temporary) / f"statistics-{layers}"
+                done = subprocess.run([*command, str(stats)], check=True, stdout=subprocess.PIPE, text=True)
+                found["memory"].append(json.loads(done.stdout.splitlines()[-1]))
+    found["rows"] = rows(found)
+    if args.json:
+        print(json.dumps(found, indent=2))
+    else:
+        for row in found["rows"]:
+            print(f"{row['what']}\n  target    {row['target']}\n  measured  {row['measured']}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
