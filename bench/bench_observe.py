@@ -148,7 +148,6 @@ def rows(found: dict[str, Any]) -> list[dict[str, str]]:
     out = []
     if "cost" in found:
         s, f = found["cost"]["sliding"], found["cost"]["full"]
-        n = len(s["ratios"])
         both = [
             (SLIDING * a + FULL * b) / (SLIDING * c + FULL * d)
             for a, b, c, d in zip(
@@ -159,10 +158,11 @@ def rows(found: dict[str, Any]) -> list[dict[str, str]]:
         out.append({
             "what": "compute of `observe`, every statistic on, against a plain forward",
             "target": f"≤ {COST_LIMIT:.2f} ×",
-            "measured": f"{statistics.median(both):.3f} × ({min(both):.3f} to {max(both):.3f}, n = {n} alternating pairs); "
-            f"sliding layer {statistics.median(s['ratios']):.3f} ×, full layer {statistics.median(f['ratios']):.3f} ×, "
-            f"weighed 25 to 5; {s['tokens']} tokens, bf16, Gram on {s['gram_share']:.1%} and {f['gram_share']:.1%} of them "
-            "as in a run of 0.4 M tokens; weights and hidden states in memory",
+            "measured": f"{statistics.median(both):.3f} × ({min(both):.3f} to {max(both):.3f}, "
+            f"n = {len(both)} alternating pairs); sliding layer {statistics.median(s['ratios']):.3f} ×, "
+            f"full layer {statistics.median(f['ratios']):.3f} ×, weighed 25 to 5; {s['tokens']} tokens, bf16, "
+            f"Gram on {s['gram_share']:.1%} and {f['gram_share']:.1%} of them as in a run of 0.4 M tokens; "
+            "weights and hidden states in memory",
         })  # fmt: skip
         forward = (SLIDING * s["plain_seconds"][0] + FULL * f["plain_seconds"][0]) / 30 / s["tokens"] * RUN_TOKENS
         once = (SLIDING * s["once_seconds"] + FULL * f["once_seconds"]) / 30

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 _STAGED_ROWS = 2048
-_BLOCK = 1024
+_BLOCK = 512
 
 
 class GramSum:

@@ -94,12 +94,13 @@ class LayerObserver:
     def finish(self, output: torch.Tensor) -> None:
         """The call's output [B, S, H]: every real token must still be a number."""
         assert self._batch is not None
-        size = torch.linalg.vector_norm(output.reshape(-1, output.shape[-1]), dim=-1, dtype=torch.float32)
-        if self._live is not None:
-            size = size.where(self._live, 0.0)
-        if not bool(torch.isfinite(size.sum())):
-            at = int(torch.argmax((~torch.isfinite(size)).to(torch.int8)))
-            self._refuse("a layer's output", int(self._batch.token[at]))
+        if not bool(torch.isfinite(output.sum())):  # cheap, and never finite by accident; then row by row
+            size = torch.linalg.vector_norm(output.reshape(-1, output.shape[-1]).float(), dim=-1)
+            bad = ~torch.isfinite(size)
+            if self._live is not None:
+                bad &= self._live
+            if bool(bad.any()):
+                self._refuse("a layer's output", int(self._batch.token[int(torch.argmax(bad.to(torch.int8)))]))
         self._batch = None
 
     def _real(self, x: torch.Tensor) -> torch.Tensor:

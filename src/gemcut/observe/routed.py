@@ -112,8 +112,8 @@ class RoutedSums:
         sin² from Lagrange's identity, ‖r‖²‖y‖² − (r·y)², which loses no digits where the branch turns r only a little.
         """
         rr, yy, ry = (np.zeros(len(combined)) for _ in range(3))
-        for first in range(0, len(combined), 64):
-            at = slice(first, first + 64)
+        for first in range(0, len(combined), 128):
+            at = slice(first, first + 128)
             r, y = self._residual[at].float(), combined[at].float()
             yy[at] = torch.linalg.vector_norm(y, dim=-1).double().cpu().numpy()
             rr[at] = torch.linalg.vector_norm(r, dim=-1).double().cpu().numpy()
