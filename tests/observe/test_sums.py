@@ -52,7 +52,7 @@ def test_a_fourth_power_beyond_float32_is_noticed() -> None:
     assert not sums.finite()
 
 
-@pytest.mark.parametrize("block", [4, 1024])
+@pytest.mark.parametrize("block", [4, 512])
 @pytest.mark.parametrize("splits", [1, 2])
 def test_gram_is_the_weighted_product(monkeypatch: pytest.MonkeyPatch, block: int, splits: int) -> None:
     monkeypatch.setattr(gram_module, "_BLOCK", block)
