@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -34,10 +35,16 @@ def o_proj(layer: int) -> str:
 EDITS: dict[str, Edit] = {o_proj(layer): Mask(1, tuple(range(8, 16))) for layer in range(3)}
 
 
+@pytest.fixture(scope="module")
+def written(base: Checkpoint) -> Path:
+    folder = base.path.with_name("written")
+    write_checkpoint(base, EDITS, base.config, folder, link=False)
+    return folder
+
+
 @pytest.fixture
-def out(base: Checkpoint, tmp_path: Path) -> Path:
-    write_checkpoint(base, EDITS, base.config, tmp_path / "out", link=False)
-    return tmp_path / "out"
+def out(written: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(written, tmp_path / "out"))
 
 
 def flip(path: Path, at: int) -> None:

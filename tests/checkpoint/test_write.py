@@ -242,6 +242,16 @@ def test_two_runs_give_the_same_bytes(base: Checkpoint, tmp_path: Path) -> None:
     assert state(tmp_path / "a") == state(tmp_path / "b")
 
 
+def test_progress_ends_at_the_whole(base: Checkpoint, tmp_path: Path) -> None:
+    seen: list[tuple[int, int, str]] = []
+    edits: dict[str, Edit] = {some(base, "experts.down_proj"): Mask(0, (1,))}
+    write_checkpoint(base, edits, base.config, tmp_path / "out", link=False, progress=lambda *a: seen.append(a))
+    shards = [(done, total) for done, total, label in seen if label.endswith(".safetensors")]
+    assert shards == sorted(shards)
+    assert len({total for _, total in shards}) == 1
+    assert shards[-1][0] > 0.95 * shards[-1][1]  # headers are not counted
+
+
 def test_a_result_that_does_not_read_back_is_not_kept(base: Checkpoint, tmp_path: Path) -> None:
     """Edits that disagree with the config: refused by the reading of what was written."""
     with pytest.raises(CheckpointError, match="number of experts"):

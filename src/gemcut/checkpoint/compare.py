@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,14 +12,11 @@ from pathlib import Path
 import numpy as np
 
 from gemcut.checkpoint.gather import AxisView, new_buffer, pieces, read_exact, span
-from gemcut.checkpoint.values import relative_change, zeroed
+from gemcut.checkpoint.values import Tick, relative_change, zeroed
 from gemcut.types import Edit, Found, Mask, Take, TensorFact, TensorRef
 
 _SIGNATURE_ROWS = 16
 _SIGNATURE_BYTES = 256
-
-Tick = Callable[[], None]
-"""Called between pieces; raises to stop."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,11 +110,11 @@ def _same_shape(old_fd: int, old: TensorRef, new_fd: int, new: TensorRef, hint: 
     old_hash, new_hash = _hash_pair(old_fd, old, new_fd, new, tick)
     if old_hash == new_hash and old.dtype == new.dtype:
         return _fact(old, new, "same", old_hash, new_hash)
-    relative = relative_change(old_fd, old, new_fd, new)
+    relative = relative_change(old_fd, old, new_fd, new, tick)
     if old.dtype == new.dtype:
         if isinstance(hint, Mask) and _explains(old_fd, old, hint, new_fd, new, tick)[0]:
             return _fact(old, new, "mask", old_hash, new_hash, axis=hint.axis, index=hint.index, relative=relative)
-        zero = zeroed(old_fd, old, new_fd, new)
+        zero = zeroed(old_fd, old, new_fd, new, tick)
         if zero is not None:
             return _fact(old, new, "mask", old_hash, new_hash, axis=zero.axis, index=zero.index, relative=relative)
     return _fact(old, new, "values", old_hash, new_hash, relative=relative)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +12,9 @@ from numpy.typing import NDArray
 
 from gemcut.checkpoint.gather import PIECE_BYTES, read_exact
 from gemcut.types import DTYPE_BYTES, F64, TensorRef
+
+Tick = Callable[[], None]
+"""Called between pieces; raises to stop."""
 
 _NUMPY = {
     "BOOL": "?", "U8": "u1", "I8": "i1", "I16": "<i2", "U16": "<u2", "F16": "<f2", "I32": "<i4", "U32": "<u4",
@@ -29,7 +32,9 @@ def decode(dtype: str, raw: memoryview | NDArray[np.uint8]) -> F64 | None:
     return np.frombuffer(raw, dtype=_NUMPY[dtype]).astype(np.float64)
 
 
-def relative_change(fd_before: int, before: TensorRef, fd_after: int, after: TensorRef) -> float | None:
+def relative_change(
+    fd_before: int, before: TensorRef, fd_after: int, after: TensorRef, tick: Tick = lambda: None
+) -> float | None:
     """‖after − before‖₂ / ‖before‖₂ over all elements.
 
     Sums of squares accumulate in float64, a piece at a time. None where it says nothing: a dtype that is not
@@ -40,6 +45,7 @@ def relative_change(fd_before: int, before: TensorRef, fd_after: int, after: Ten
     step = PIECE_BYTES // 4 // 8
     for first in range(0, before.elements, step):
         n = min(step, before.elements - first)
+        tick()
         with np.errstate(invalid="ignore", over="ignore"):
             old = decode(before.dtype, _elements(fd_before, before, first, n))
             new = decode(after.dtype, _elements(fd_after, after, first, n))
@@ -67,7 +73,9 @@ class Zeroed:
     index: tuple[int, ...]
 
 
-def zeroed(fd_before: int, before: TensorRef, fd_after: int, after: TensorRef) -> Zeroed | None:
+def zeroed(
+    fd_before: int, before: TensorRef, fd_after: int, after: TensorRef, tick: Tick = lambda: None
+) -> Zeroed | None:
     """The axis along which every difference is a position written with zeros; None where there is no such axis.
 
     Where several axes would do (everything was zeroed), the one with the smallest share of positions wins.
@@ -76,6 +84,7 @@ def zeroed(fd_before: int, before: TensorRef, fd_after: int, after: TensorRef) -
     changed = [np.zeros(n, dtype=bool) for n in before.shape]
     alive = [np.zeros(n, dtype=bool) for n in before.shape]  # holds a byte that is not zero
     for prefix, split, low, shape, offset, size in _blocks(before):
+        tick()
         old = memoryview(bytearray(size))
         new = memoryview(bytearray(size))
         read_exact(fd_before, before.start + offset, old)

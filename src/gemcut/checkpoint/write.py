@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,7 +21,7 @@ from gemcut.records import save_manifest
 from gemcut.store import atomic_folder, fsync_folder, need_disk, refuse_existing, sha256_file, write_bytes
 from gemcut.types import Edits, Json, Manifest, TensorRef
 
-log = logging.getLogger(__name__)
+_SPARE_BYTES = 64 << 20  # index, config, manifest, and what the file system keeps for itself
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,37 +68,28 @@ def write_checkpoint(
     check_edits(base.tensors, edits)
     _refuse_overlap(base.path, out)
     refuse_existing(out, force=force)
-    shards = [_shard(name, base, edits) for name in base.shards]
-    shards = [s for s in shards if s.sources]
+    shards = [shard for name in base.shards if (shard := _shard(name, base, edits)).sources]
     others = [f for f in list_files(base.path) if f not in base.shards and f not in (CONFIG, INDEX)]
-    need = size_of(base.path, others) + sum(s.header.size_bytes for s in shards if s.header is not None)
-    if not link:
-        need += sum(base.shards[s.name].size_bytes for s in shards if s.header is None)
-    need_disk(out, need + (64 << 20))
+    link = link and _same_device(base.path, out)
+    written = [shard for shard in shards if shard.header is not None or not link]
+    size_bytes = sum(_size(base, shard) for shard in written)
+    need_disk(out, size_bytes + size_of(base.path, others) + _SPARE_BYTES)
     linked: list[str] = []
     with atomic_folder(out, force=force) as folder, Ledger() as ledger, _Flusher() as flusher:
-        total = sum(_size(base, s) for s in shards)
-        done = 0
+        job = _Job(base, edits, folder, ledger, flusher, progress, size_bytes)
         for shard in shards:
-            if progress is not None:
-                progress(done, total, shard.name)
             if shard.header is not None:
-                _write_shard(base, shard, edits, folder, ledger, flusher)
+                job.write(shard)
             elif link and link_file(base.path / shard.name, folder / shard.name):
                 linked.append(shard.name)
-                _compare_untouched(base, shard, folder, ledger)
+                job.compare_untouched(shard)
             else:
-                copy_file(base.path / shard.name, folder / shard.name, sync=False)
-                flusher.add(os.open(folder / shard.name, os.O_RDONLY))
-                _compare_untouched(base, shard, folder, ledger)
-            done += _size(base, shard)
-        for name in base.shards.keys() - {s.name for s in shards}:
+                job.copy(shard)
+        for name in base.shards.keys() - {shard.name for shard in shards}:
             for ref in base.shards[name].tensors:
                 ledger.compare(Stored(base.path / name, ref), None)
         for name in others:
             copy_file(base.path / name, folder / name)
-        if progress is not None:
-            progress(total, total, "config and index")
         _write_config(base, config, folder)
         _write_index(base, shards, folder)
         manifest = _read_back(base, shards, folder, ledger, progress)
@@ -111,10 +101,10 @@ def write_checkpoint(
             fsync_folder(parent)
     return WriteReport(
         manifest=manifest,
-        edited=tuple(s.name for s in shards if s.header is not None),
+        edited=tuple(shard.name for shard in shards if shard.header is not None),
         linked=tuple(linked),
-        copied=tuple(s.name for s in shards if s.header is None and s.name not in linked),
-        size_bytes_written=sum(_size(base, s) for s in shards if s.name not in linked),
+        copied=tuple(shard.name for shard in shards if shard.header is None and shard.name not in linked),
+        size_bytes_written=sum(_size(base, shard) for shard in shards if shard.name not in linked),
     )
 
 
@@ -126,6 +116,13 @@ def _refuse_overlap(base: Path, out: Path) -> None:
             where=str(out),
             hint="choose another -o: inputs are never modified",
         )
+
+
+def _same_device(base: Path, out: Path) -> bool:
+    parent = out.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    return base.stat().st_dev == parent.stat().st_dev
 
 
 def _shard(name: str, base: Checkpoint, edits: Edits) -> _Shard:
@@ -182,44 +179,69 @@ class _Flusher:
             os.close(fd)
 
 
-def _write_shard(
-    base: Checkpoint, shard: _Shard, edits: Edits, folder: Path, ledger: Ledger, flusher: _Flusher
-) -> None:
-    assert shard.header is not None
-    source, target = base.path / shard.name, folder / shard.name
-    buffer = new_buffer()
-    # O_EXCL: a new file, never the inode of a linked one
-    fd_out = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
-    try:
-        fd_in = os.open(source, os.O_RDONLY)
+@dataclass(slots=True)
+class _Job:
+    """One run of the writer: where from, where to, and how far."""
+
+    base: Checkpoint
+    edits: Edits
+    folder: Path
+    ledger: Ledger
+    flusher: _Flusher
+    progress: Progress | None
+    total: int
+    done: int = 0
+
+    def write(self, shard: _Shard) -> None:
+        """Gather one shard's tensors into a new file; threads read back what is written."""
+        assert shard.header is not None
+        source, target = self.base.path / shard.name, self.folder / shard.name
+        buffer = new_buffer()
+        # O_EXCL: a new file, never the inode of a linked one
+        fd_out = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
         try:
-            write_all(fd_out, memoryview(len(shard.header.raw).to_bytes(8, "little") + shard.header.raw))
-            for ref, new in zip(shard.sources, shard.header.tensors, strict=True):
-                edit = edits.get(ref.name)
-                for piece in pieces(fd_in, ref, edit, buffer):
-                    write_all(fd_out, piece)
-                if new.name == ref.name:
-                    ledger.compare(Stored(source, ref), Stored(target, new), edit)
-                else:
-                    ledger.compare(Stored(source, ref), None)
-                    ledger.compare(None, Stored(target, new))
-                ledger.hash_file(target, shard.name, new.stop)
-        finally:
-            os.close(fd_in)
-        for ref in shard.omitted:
-            ledger.compare(Stored(source, ref), None)
-        ledger.hash_file(target, shard.name, shard.header.size_bytes)
-    except BaseException:
-        os.close(fd_out)
-        raise
-    flusher.add(fd_out)
+            fd_in = os.open(source, os.O_RDONLY)
+            try:
+                write_all(fd_out, memoryview(len(shard.header.raw).to_bytes(8, "little") + shard.header.raw))
+                for ref, new in zip(shard.sources, shard.header.tensors, strict=True):
+                    edit = self.edits.get(ref.name)
+                    for piece in pieces(fd_in, ref, edit, buffer):
+                        write_all(fd_out, piece)
+                        self._tick(len(piece), shard.name)
+                    if new.name == ref.name:
+                        self.ledger.compare(Stored(source, ref), Stored(target, new), edit)
+                    else:
+                        self.ledger.compare(Stored(source, ref), None)
+                        self.ledger.compare(None, Stored(target, new))
+                    self.ledger.hash_file(target, shard.name, new.stop)
+            finally:
+                os.close(fd_in)
+            for ref in shard.omitted:
+                self.ledger.compare(Stored(source, ref), None)
+            self.ledger.hash_file(target, shard.name, shard.header.size_bytes)
+        except BaseException:
+            os.close(fd_out)
+            raise
+        self.flusher.add(fd_out)
 
+    def copy(self, shard: _Shard) -> None:
+        """Copy a shard that no edit touches."""
+        copy_file(self.base.path / shard.name, self.folder / shard.name, sync=False)
+        self._tick(_size(self.base, shard), shard.name)
+        self.flusher.add(os.open(self.folder / shard.name, os.O_RDONLY))
+        self.compare_untouched(shard)
 
-def _compare_untouched(base: Checkpoint, shard: _Shard, folder: Path, ledger: Ledger) -> None:
-    path = folder / shard.name
-    for ref in shard.sources:
-        ledger.compare(Stored(base.path / shard.name, ref), Stored(path, ref))
-    ledger.hash_file(path, shard.name, path.stat().st_size)
+    def compare_untouched(self, shard: _Shard) -> None:
+        """Linked or copied: its bytes are read and hashed all the same."""
+        path = self.folder / shard.name
+        for ref in shard.sources:
+            self.ledger.compare(Stored(self.base.path / shard.name, ref), Stored(path, ref))
+        self.ledger.hash_file(path, shard.name, path.stat().st_size)
+
+    def _tick(self, size: int, label: str) -> None:
+        self.done += size
+        if self.progress is not None:
+            self.progress(min(self.done, self.total), self.total, label)
 
 
 def _write_config(base: Checkpoint, config: Mapping[str, Json], folder: Path) -> None:
