@@ -6,7 +6,7 @@ the same operations run on the same rows in the same order.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -43,7 +43,7 @@ def attach(experts: nn.Module, recorder: ExpertRecorder | None, live: torch.Tens
 
 
 def recording_experts_forward(
-    self: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    self: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
     """Combined output [T, H] of the routed experts. Padding tokens run through no expert and come out as zeros.
 
@@ -57,9 +57,8 @@ def recording_experts_forward(
         )
     recorder: ExpertRecorder | None = self.__dict__.get("gemcut_recorder")
     live: torch.Tensor | None = self.__dict__.get("gemcut_live")
-    gate_up, down = self.gate_up_proj, self.down_proj
-    assert isinstance(gate_up, torch.Tensor)
-    assert isinstance(down, torch.Tensor)
+    gate_up: torch.Tensor = self.gate_up_proj  # [E, 2I, H]
+    down: torch.Tensor = self.down_proj  # [E, H, I]
     combined = torch.zeros_like(hidden_states)
     # rank-major, as eager enumerates them: within an expert, first the tokens that rank it first, then second, …
     flat_expert = top_k_index.t().reshape(-1)  # [k·T]

@@ -118,7 +118,7 @@ def _read_into(fd: int, ref: TensorRef, offset: int, flat: torch.Tensor) -> None
     """Fill a contiguous 1-D tensor from `offset` bytes behind the tensor's first byte."""
     if flat.numel() == 0:
         return
-    view = memoryview(flat.view(torch.uint8).numpy())
+    view: memoryview = flat.view(torch.uint8).numpy().data
     start, done = ref.start + offset, 0
     while done < len(view):
         n = os.preadv(fd, [view[done : done + _READ_BYTES]], start + done)
