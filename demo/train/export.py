@@ -84,6 +84,7 @@ def export(shape: Shape, state: Path, tokenizer: Path, out: Path) -> None:
     for index, part in enumerate(parts, 1):
         name = f"model-{index:05d}-of-{len(parts):05d}.safetensors"
         save_file(part, out / name, {"format": "pt"})
+        (out / name).chmod(0o644)  # safetensors writes files for the owner alone
         where |= dict.fromkeys(part, name)
     total = sum(value.nbytes for value in values.values())
     _written(

@@ -9,7 +9,7 @@ import json
 import math
 import random
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -81,16 +81,6 @@ def item_loss(model: Any, ids: list[int]) -> tuple[float, int]:
     return float(torch.nn.functional.cross_entropy(logits, tokens[0, 1:], reduction="sum")), len(ids) - 1
 
 
-def by_class(model: Any, tokenizer: Any, corpus: Path) -> dict[str, Losses]:
-    """Losses of the corpus by class."""
-    found = {label: Losses() for label in CLASSES}
-    for item in items(corpus):
-        nats, tokens = item_loss(model, token_ids(tokenizer, item))
-        found[item["class"]].nats.append(nats)
-        found[item["class"]].tokens.append(tokens)
-    return found
-
-
 @contextmanager
 def counting(model: Any, counts: np.ndarray) -> Iterator[None]:
     """Add every routing decision to `counts` `[L, E]` while the context is open."""
@@ -123,18 +113,23 @@ def divergence_bits(first: np.ndarray, second: np.ndarray) -> float:
     return entropy((first + second) / 2) - (entropy(first) + entropy(second)) / 2
 
 
-def routing(model: Any, tokenizer: Any, corpus: Path) -> dict[str, Any]:
-    """Share of the routing decisions of each class that every expert receives, a layer, with divergences."""
-    config = model.config.get_text_config()
-    size = (config.num_hidden_layers, config.num_experts)
-    counts = {label: np.zeros(size, dtype=np.int64) for label in CLASSES}
-    tokens = dict.fromkeys(CLASSES, 0)
+def by_class(
+    model: Any, tokenizer: Any, corpus: Path, counts: dict[str, np.ndarray] | None = None
+) -> dict[str, Losses]:
+    """Losses of the corpus by class; with `counts` (class to `[L, E]`), routing decisions are added there."""
+    found = {label: Losses() for label in CLASSES}
     for item in items(corpus):
-        ids = token_ids(tokenizer, item)
-        tokens[item["class"]] += len(ids)
-        with counting(model, counts[item["class"]]), torch.no_grad():
-            model(input_ids=torch.tensor([ids]))
+        with counting(model, counts[item["class"]]) if counts else nullcontext():
+            nats, tokens = item_loss(model, token_ids(tokenizer, item))
+        found[item["class"]].nats.append(nats)
+        found[item["class"]].tokens.append(tokens)
+    return found
+
+
+def routing(counts: dict[str, np.ndarray], corpus: str, top_k: int) -> dict[str, Any]:
+    """Share of the routing decisions of each class that every expert receives, a layer, with divergences."""
     share = {label: value / value.sum(-1, keepdims=True) for label, value in counts.items()}
+    size = share[CLASSES[0]].shape  # [L, E]
     layers = []
     for layer in range(size[0]):
         pairs = {
@@ -152,43 +147,41 @@ def routing(model: Any, tokenizer: Any, corpus: Path) -> dict[str, Any]:
                 "mean_jensen_shannon_bits": round(float(np.mean(list(pairs.values()))), 4),
             }
         )
-    return {
-        "schema": 1,
-        "corpus": corpus.name,
-        "tokens": tokens,
-        "experts": size[1],
-        "top_k": config.top_k_experts,
-        "layers": layers,
-    }
+    tokens = {label: int(value[0].sum()) // top_k for label, value in counts.items()}
+    return {"schema": 1, "corpus": corpus, "tokens": tokens, "experts": size[1], "top_k": top_k, "layers": layers}
 
 
 @torch.no_grad()
+def said(model: Any, tokenizer: Any, questions: list[str], *, thinking: bool) -> list[list[int]]:
+    """Greedy answers as token ids without padding, all questions in one batch."""
+    prompts = [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": question}],
+            tokenize=False,
+            add_generation_prompt=True,
+            enable_thinking=thinking,
+        )
+        for question in questions
+    ]
+    inputs = tokenizer(prompts, add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt")
+    stops = [1, tokenizer.convert_tokens_to_ids("<turn|>")]
+    output = model.generate(**inputs, max_new_tokens=200, do_sample=False, eos_token_id=stops, pad_token_id=0)
+    return [[token for token in row if token] for row in output[:, inputs["input_ids"].shape[1] :].tolist()]
+
+
 def answers(model: Any, tokenizer: Any, *, thinking: bool, count: int) -> dict[str, dict[str, int]]:
-    """Fresh arithmetic prompts, greedy: how many were right, and how many stopped with `<turn|>`."""
-    makers = {
-        "addition": mathematics.addition,
-        "subtraction": mathematics.subtraction,
-        "multiplication": mathematics.multiplication,
-    }
+    """Fresh arithmetic questions: how many were answered rightly, and how many answers ended with `<turn|>`."""
     stop = tokenizer.convert_tokens_to_ids("<turn|>")
     found = {}
-    for name, maker in makers.items():
+    for name in ("addition", "subtraction", "multiplication", "division", "equation"):
+        asked = [getattr(mathematics, name)(random.Random(f"measure:{name}:{index}")) for index in range(count)]
         right = stopped = 0
-        for index in range(count):
-            exchange = maker(random.Random(f"measure:{name}:{index}"))
-            prompt = tokenizer.apply_chat_template(
-                [{"role": "user", "content": exchange.question}],
-                tokenize=False,
-                add_generation_prompt=True,
-                enable_thinking=thinking,
-            )
-            ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt")["input_ids"]
-            said = model.generate(ids, max_new_tokens=200, do_sample=False, eos_token_id=[1, stop], pad_token_id=0)[
-                0, ids.shape[1] :
-            ]
-            stopped += int(said[-1] == stop)
-            text = tokenizer.decode(said, skip_special_tokens=True)
-            right += text.rstrip(".\n ").split()[-1:] == [exchange.answer.rstrip(".").split()[-1]]
+        for item, ids in zip(
+            asked, said(model, tokenizer, [a.question for a in asked], thinking=thinking), strict=True
+        ):
+            stopped += ids[-1:] == [stop]
+            text = tokenizer.decode(ids, skip_special_tokens=True)
+            right += text.rstrip(".\n ").split()[-1:] == [item.answer.rstrip(".").split()[-1]]
         found[name] = {"asked": count, "right": right, "stopped": stopped}
     return found
 
@@ -208,13 +201,16 @@ def main() -> None:
     for dtype in (torch.bfloat16, torch.float32):
         model = loaded(options.folder, dtype)
         name = str(dtype).removeprefix("torch.")
-        results[name] = {
-            label: losses.summary() for label, losses in by_class(model, tokenizer, options.corpus).items()
-        }
-    if options.routing:
-        options.routing.write_text(
-            json.dumps(routing(model, tokenizer, options.corpus), indent=1) + "\n", encoding="utf-8"
-        )
+        counts = None
+        if options.routing and dtype is torch.float32:
+            config = model.config.get_text_config()
+            size = (config.num_hidden_layers, config.num_experts)
+            counts = {label: np.zeros(size, dtype=np.int64) for label in CLASSES}
+        losses = by_class(model, tokenizer, options.corpus, counts)
+        results[name] = {label: found.summary() for label, found in losses.items()}
+        if counts:
+            record = routing(counts, options.corpus.name, config.top_k_experts)
+            options.routing.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     for thinking in (False, True):
         key = "answers_thinking" if thinking else "answers"
         results[key] = answers(model, tokenizer, thinking=thinking, count=options.questions)
