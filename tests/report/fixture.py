@@ -215,8 +215,8 @@ BASE = ModelFacts(
     components={
         "experts": 20_766_720,
         "attention": 4_194_304,
-        "dense MLP": 2_359_296,
-        "embeddings": 2_097_152,
+        "dense mlp": 2_359_296,
+        "embedding": 2_097_152,
         "other": 212_672,
     },
     layers=12,

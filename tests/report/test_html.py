@@ -154,3 +154,10 @@ def test_calibrating_on_the_test_is_said() -> None:
     told = render_page(dataclasses.replace(data, statistics=dataclasses.replace(data.statistics, meta=same)), ())
     assert "chosen and measured on the same corpus" in told
     assert "chosen and measured on the same corpus" not in render_page(data, ())
+
+
+def test_a_choice_that_is_not_the_best_is_said() -> None:
+    data = full()
+    assert "is not the best candidate" not in render_page(data, ())
+    worse = render_page(dataclasses.replace(data, chosen="class_max"), ())
+    assert "class_max is not the best candidate of this test: class_rank, reap did less damage." in worse

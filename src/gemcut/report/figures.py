@@ -27,6 +27,7 @@ from gemcut.report.data import ALL, Drawing, KldEntry, ReportData
 from gemcut.report.grids import NEAR_TIE, CutGrid, Specialisation, cut_grid, mass_over_uniform, specialisation
 from gemcut.report.palette import (
     BLUE,
+    COMPONENT,
     CYCLE,
     FONTS,
     GREEN,
@@ -146,7 +147,7 @@ def criteria(data: ReportData) -> Drawing | None:
         axes.set_xlabel(f"mean KLD from the base, nats per token (n = {n} chunks, 95 % intervals{scale})")
         axes.set_title("Damage by criterion at the same test: less is better", pad=16)
         caption = "Each dot is the mean KLD of one candidate from the uncut base, with its 95 % interval over chunks"
-        caption += f"; {data.entry.label} was chosen." if data.entry else "."
+        caption += f"; {data.entry.label} is the one that this report is about." if data.entry else "."
         return _svg(figure, "criteria", plain(caption))
 
 
@@ -199,16 +200,19 @@ def sizes(data: ReportData) -> Drawing | None:
     names = [*before, *(name for name in after if name not in before)]
     if not names:
         return None
-    unit, divisor = ("GiB", 2**30) if data.base.size_bytes >= 2**30 else ("MiB", 2**20)
+    largest = max(data.base.size_bytes, data.candidate.size_bytes)
+    unit, divisor = next(
+        (u, d) for u, d in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)) if largest >= d or d == 2**10
+    )
     with _canvas(2.1) as figure:
         axes = figure.subplots()
         left = np.zeros(2)
         for i, name in enumerate(names):
             widths = np.array([before.get(name, 0), after.get(name, 0)]) / divisor
-            colour = CYCLE[i % len(CYCLE)]
+            colour = COMPONENT.get(name, CYCLE[i % len(CYCLE)])
             axes.barh([0, 1], widths, 0.58, left, color=colour, edgecolor="white", linewidth=1, label=plain(name)[:28])
             for y, width in enumerate(widths):
-                if width > 0.045 * data.base.size_bytes / divisor:
+                if width > 0.045 * largest / divisor:
                     at = left[y] + width / 2
                     axes.text(at, y, f"{width:.1f}", ha="center", va="center", color="white", fontsize=9, weight="bold")
             left += widths
@@ -306,7 +310,7 @@ def routing(data: ReportData) -> Drawing | None:
         return None
     meta = data.statistics.meta
     mass, name = mass_over_uniform(data.statistics)
-    columns = 2 if len(meta.classes) <= 4 else 3
+    columns = 2 if len(meta.classes) in (2, 4) else min(3, len(meta.classes))
     lines = -(-len(meta.classes) // columns)
     top = max(2.0, float(np.percentile(mass, 99.5)))
     items = {cls: sum(question.cls == cls for question in meta.questions) for cls in meta.classes}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from gemcut.report.data import ALL, ReportData
-from gemcut.report.tables import Table, count, duration, json_text, near_ties, size, units_name
+from gemcut.report.tables import Table, by_damage, count, duration, json_text, near_ties, size, units_name
 
 SHORT_HASH = 12
 
@@ -27,7 +27,7 @@ def method_rows(data: ReportData) -> Table:
             ("Calibration text", f"{count(len(meta.questions))} items, {count(meta.tokens)} tokens"),
             ("Calibration classes", _classes(data)),
             (
-                "Longest item",
+                "Item length limit",
                 f"{count(meta.max_tokens_per_item)} tokens; {count(meta.truncated_items)} items were truncated",
             ),
             ("Chat template", f"hash {short(meta.template_hash)}"),
@@ -160,7 +160,11 @@ def limits(data: ReportData) -> tuple[str, ...]:
                 "KLD compares next-token distributions on given text. It is no benchmark score and says nothing about "
                 "long generations, tools or languages that the evaluation corpus does not hold."
             )
-        if sum(not one.is_noise_floor for one in data.kld) > 1:
+        ranked = [one.label for one in by_damage(data.kld) if not one.is_noise_floor]
+        if entry.label in ranked[1:]:
+            better = ", ".join(ranked[: ranked.index(entry.label)])
+            out.append(f"{entry.label} is not the best candidate of this test: {better} did less damage.")
+        if len(ranked) > 1:
             out.append(
                 "All candidates were measured on the same chunks, so their intervals move together: overlap alone does "
                 "not mean that two of them are equal."

@@ -11,6 +11,17 @@ BLUE, ORANGE, GREEN, VERMILION = "#0072b2", "#e69f00", "#009e73", "#d55e00"
 SKY, PINK, YELLOW, BLACK = "#56b4e9", "#cc79a7", "#f0e442", "#3d3d3d"
 CYCLE = (BLUE, VERMILION, GREEN, PINK, ORANGE, SKY, BLACK, "#8c6d31")
 KEPT = "#c9d6e2"
+# a component has one colour whatever else the model has
+COMPONENT = {
+    "experts": BLUE,
+    "attention": VERMILION,
+    "dense mlp": GREEN,
+    "embedding": PINK,
+    "router": ORANGE,
+    "norms": SKY,
+    "vision": BLACK,
+    "other": "#9aa5b1",
+}
 STYLE: dict[str, str | float | bool | list[str]] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "gemcut",
