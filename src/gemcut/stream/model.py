@@ -27,7 +27,9 @@ from gemcut.stream.weights import DTYPE_NAMES, TORCH_DTYPES, WeightReader, named
 
 log = logging.getLogger(__name__)
 
-_KEPT_SHAPES = 2
+# Call arguments (masks, position embeddings) of the shapes used last: tracing one anew costs milliseconds per layer,
+# which a small model feels, and the masks of long batches are large, which a small machine feels.
+_KEPT_CALL_BYTES = 128 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,7 +256,7 @@ class StreamedModel:
             calls = [tap.__dict__["call"] for tap in self._taps]
             self._forget()
             self._calls[batch, length] = calls
-            while len(self._calls) > _KEPT_SHAPES:
+            while len(self._calls) > 1 and sum(map(_call_bytes, self._calls.values())) > _KEPT_CALL_BYTES:
                 self._calls.popitem(last=False)
         else:
             self._calls.move_to_end((batch, length))
@@ -319,6 +321,26 @@ class StreamedModel:
     def _release_ends(self) -> None:
         for module in (self._embedding, self._model.lm_head):
             self._unload(module)
+
+
+def _call_bytes(calls: list[_Call]) -> int:
+    """Memory of the tensors in one shape's calls; layers of one attention type share theirs."""
+    sizes: dict[int, int] = {}
+
+    def count(value: object) -> None:
+        if isinstance(value, torch.Tensor):
+            sizes[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
+        elif isinstance(value, (tuple, list)):
+            for part in value:
+                count(part)
+        elif isinstance(value, dict):
+            for part in value.values():
+                count(part)
+
+    for call in calls:
+        count(call.args)
+        count(call.kwargs)
+    return sum(sizes.values())
 
 
 def _implementation(experts: str) -> str:
