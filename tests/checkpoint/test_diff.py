@@ -20,6 +20,13 @@ from gemcut.types import TensorFact
 RNG = np.random.default_rng(0)
 
 
+def own_folder(factory: pytest.TempPathFactory) -> Path:
+    """One folder for all examples of a property: a fixture per example is not to be had."""
+    folder = factory.getbasetemp() / __name__.rpartition(".")[2]
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
 def folder(path: Path, tensors: dict[str, np.ndarray], config: str = "{}") -> Checkpoint:
     path.mkdir(exist_ok=True)
     # numpy's fancy indexing may leave another memory order, which the writer would store as it is
@@ -58,7 +65,7 @@ def test_any_take_is_found(
     index = tuple(sorted(data.draw(size)))
     before = np.random.default_rng(data.draw(st.integers(0, 5))).integers(0, 100, shape).astype(dtype)
     after = np.take(before, index, axis)
-    fact = one(tmp_path_factory.getbasetemp(), before, after)
+    fact = one(own_folder(tmp_path_factory), before, after)
     assert fact.found == "take"
     assert fact.axis is not None
     assert fact.index is not None

@@ -19,6 +19,13 @@ from gemcut.types import Edit, Mask, Omit, Rename, Replace, Take, TensorRef
 DTYPES = {"U8": "u1", "BF16": "u2", "F32": "u4", "F64": "u8"}
 
 
+def own_folder(factory: pytest.TempPathFactory) -> Path:
+    """One folder for all examples of a property: a fixture per example is not to be had."""
+    folder = factory.getbasetemp() / __name__.rpartition(".")[2]
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
 def result(tmp: Path, array: np.ndarray, dtype: str, edit: Edit | None, offset: int = 3) -> bytes:
     path = tmp / "file"
     path.write_bytes(b"\xaa" * offset + array.tobytes() + b"\xbb" * 5)
@@ -56,7 +63,7 @@ def test_take_is_numpy_take(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gather, "PIECE_BYTES", limits[0])
         patch.setattr(gather, "_LONG_RUN_BYTES", limits[1])
-        got = result(tmp_path_factory.getbasetemp(), array, dtype, Take(axis, index))
+        got = result(own_folder(tmp_path_factory), array, dtype, Take(axis, index))
     assert got == np.take(array, index, axis).tobytes()
 
 
@@ -72,7 +79,7 @@ def test_mask_writes_zeros_there_and_nowhere_else(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gather, "PIECE_BYTES", limits[0])
         patch.setattr(gather, "_LONG_RUN_BYTES", limits[1])
-        got = result(tmp_path_factory.getbasetemp(), array, dtype, Mask(axis, index))
+        got = result(own_folder(tmp_path_factory), array, dtype, Mask(axis, index))
     wanted = array.copy()
     wanted[(slice(None),) * axis + (list(index),)] = 0
     assert got == wanted.tobytes()

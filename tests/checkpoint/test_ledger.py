@@ -63,10 +63,14 @@ def test_facts_come_in_the_order_they_were_asked_for(tmp_path: Path) -> None:
 
 def test_a_failure_in_a_thread_reaches_the_caller(tmp_path: Path) -> None:
     (tmp_path / "short").write_bytes(b"1234")
-    with Ledger() as ledger:
-        ledger.compare(stored(tmp_path / "short", 100), None)
-        with pytest.raises(CheckpointError, match="ended before"):
+
+    def run() -> None:
+        with Ledger() as ledger:
+            ledger.compare(stored(tmp_path / "short", 100), None)
             ledger.finish()
+
+    with pytest.raises(CheckpointError, match="ended before"):
+        run()
 
 
 def test_giving_up_stops_the_threads(tmp_path: Path) -> None:

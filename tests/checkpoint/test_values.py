@@ -17,6 +17,13 @@ from gemcut.checkpoint.values import decode, relative_change, zeroed
 from gemcut.types import TensorRef
 
 
+def own_folder(factory: pytest.TempPathFactory) -> Path:
+    """One folder for all examples of a property: a fixture per example is not to be had."""
+    folder = factory.getbasetemp() / __name__.rpartition(".")[2]
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
 @contextmanager
 def two(tmp: Path, a: np.ndarray, b: np.ndarray, dtype: str) -> Iterator[tuple[int, TensorRef, int, TensorRef]]:
     fds = []
@@ -77,7 +84,7 @@ def test_zeroed_finds_the_mask(
     a = np.random.default_rng(seed).integers(1, 99, shape).astype("<u2")
     b = a.copy()
     b[(slice(None),) * axis + (index,)] = 0
-    with pytest.MonkeyPatch.context() as patch, two(tmp_path_factory.getbasetemp(), a, b, "BF16") as files:
+    with pytest.MonkeyPatch.context() as patch, two(own_folder(tmp_path_factory), a, b, "BF16") as files:
         patch.setattr(values, "PIECE_BYTES", piece)
         found = zeroed(*files)
     assert found is not None
