@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import random
 import shutil
 import struct
 from pathlib import Path
@@ -14,6 +15,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+import synthetic
+from gemcut.checkpoint.inspect import inspect
 from gemcut.checkpoint.read import INDEX, SINGLE, open_checkpoint
 from gemcut.errors import CheckpointError, GemcutError, UsageError
 from tiny import make_tiny
@@ -294,3 +297,47 @@ def test_shrinking_while_open_is_an_error(tmp_path: Path) -> None:
     os.truncate(tmp_path / SINGLE, 200)
     with pytest.raises(CheckpointError, match="ended before"):
         checkpoint.read("a")
+
+
+# ---------------------------------------------------------------- mutations
+
+VALUES: list[Any] = [
+    None, 0, -1, 1, 7, 10**6, 10**18, 2**70, 1.5, "", "x", "8", [], {}, [1], {"a": 1}, True, [None] * 6,
+    ["full_attention"] * 6, {"0": {"head_dim": -3}},
+]  # fmt: skip
+
+
+def mutated(value: Any, rng: random.Random) -> Any:
+    """The same JSON with one place changed, removed or added."""
+    if not isinstance(value, dict) or not value or rng.random() < 0.2:
+        return rng.choice(VALUES)
+    key = rng.choice(list(value))
+    if rng.random() < 0.15:
+        return {k: v for k, v in value.items() if k != key}
+    if rng.random() < 0.15:
+        return {**value, rng.choice(["per_layer_config", "num_experts", "architectures"]): rng.choice(VALUES)}
+    return {**value, key: mutated(value[key], rng)}
+
+
+@pytest.mark.parametrize("file", ["config.json", INDEX])
+def test_any_mutation_of_config_or_index_is_opened_or_refused(tmp_path: Path, file: str) -> None:
+    """Never a traceback, whatever the file says."""
+    geometry = synthetic.Geometry(
+        hidden=32, experts=8, expert_width=8, top_k=2, dense=16, heads=4, kv_heads=2, global_kv_heads=1, head_dim=8,
+        global_head_dim=16, vocabulary=64,
+    )  # fmt: skip
+    folder = synthetic.write(tmp_path / "m", layers=6, geometry=geometry, shard_bytes=40_000)
+    clean = (folder / file).read_bytes()
+    rng = random.Random(0)
+    refusals = 0
+    for _ in range(200):
+        raw = bytearray(clean)
+        for _ in range(rng.randint(1, 4)):
+            raw[rng.randrange(len(raw))] = rng.randrange(256)
+        (folder / file).write_bytes(raw if rng.random() < 0.4 else json.dumps(mutated(json.loads(clean), rng)).encode())
+        try:
+            inspect(open_checkpoint(folder))
+        except GemcutError as error:
+            str(error).encode()
+            refusals += 1
+    assert refusals > 80

@@ -205,10 +205,9 @@ def _gather(
 
 
 def _until(runs: list[tuple[int, int]], low: int, last: int) -> Iterator[tuple[int, int]]:
-    for run in runs[low:]:
-        if run[0] >= last:
-            return
-        yield run
+    while low < len(runs) and runs[low][0] < last:
+        yield runs[low]
+        low += 1
 
 
 def _taken(grid: NDArray[np.void], inside: list[tuple[int, int]]) -> memoryview:
