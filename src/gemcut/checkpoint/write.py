@@ -21,6 +21,7 @@ from gemcut.records import save_manifest
 from gemcut.store import atomic_folder, fsync_folder, need_disk, refuse_existing, sha256_file, write_bytes
 from gemcut.types import Edits, Json, Manifest, TensorRef
 
+_NUDGE_BYTES = 256 << 20
 _SPARE_BYTES = 64 << 20  # index, config, manifest, and what the file system keeps for itself
 
 
@@ -166,6 +167,11 @@ class _Flusher:
         """Take over an open file: fsync it, close it."""
         self._waiting.append(self._pool.submit(self._flush, fd))
 
+    def nudge(self, fd: int) -> None:
+        """Start writing out what is there of a file that still grows; skipped while the disk is busy anyway."""
+        if not self._waiting or self._waiting[-1].done():
+            self._waiting.append(self._pool.submit(os.fdatasync, fd))
+
     def wait(self) -> None:
         """Return when everything is on the disk."""
         for future in self._waiting:
@@ -208,6 +214,8 @@ class _Job:
                     for piece in pieces(fd_in, ref, edit, buffer):
                         write_all(fd_out, piece)
                         self._tick(len(piece), shard.name)
+                        if self.done // _NUDGE_BYTES > (self.done - len(piece)) // _NUDGE_BYTES:
+                            self.flusher.nudge(fd_out)
                     if new.name == ref.name:
                         self.ledger.compare(Stored(source, ref), Stored(target, new), edit)
                     else:
@@ -219,10 +227,8 @@ class _Job:
             for ref in shard.omitted:
                 self.ledger.compare(Stored(source, ref), None)
             self.ledger.hash_file(target, shard.name, shard.header.size_bytes)
-        except BaseException:
-            os.close(fd_out)
-            raise
-        self.flusher.add(fd_out)
+        finally:
+            self.flusher.add(fd_out)  # closes it, after what it is doing with it
 
     def copy(self, shard: _Shard) -> None:
         """Copy a shard that no edit touches."""
