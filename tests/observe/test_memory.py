@@ -47,7 +47,7 @@ def test_layers_do_not_add_up(tmp_path: Path) -> None:
     shallow = open_checkpoint(make_tiny(tmp_path / "shallow"))
     assert observe_memory_bytes(deep, BASE) == observe_memory_bytes(shallow, BASE)
     disk = [observe_disk_bytes(c, BASE, tokens=0, questions=10) for c in (shallow, deep)]
-    assert disk[1] > 1.8 * disk[0]
+    assert disk[1] > 1.5 * disk[0]
 
 
 @pytest.mark.slow

@@ -152,6 +152,7 @@ def save_layer(folder: Path, layer: int, tensors: Mapping[str, torch.Tensor], al
         save_file(dict(tensors), partial, metadata={"aliases": json.dumps(dict(aliases), sort_keys=True)})
         fd = os.open(partial, os.O_RDONLY)
         try:
+            os.fchmod(fd, path.parent.stat().st_mode & 0o666)  # safetensors writes for the owner's eyes only
             os.fsync(fd)
         finally:
             os.close(fd)

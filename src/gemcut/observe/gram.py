@@ -6,6 +6,7 @@ import torch
 
 _STAGED_ROWS = 2048
 _BLOCK = 512
+_ADDED_ROWS = 256
 
 
 class GramSum:
@@ -19,7 +20,17 @@ class GramSum:
 
     def __init__(self, width: int, splits: int, eps: float, device: torch.device | None = None) -> None:
         self.splits, self.eps = splits, eps
-        self._g = torch.zeros((splits, width, width), dtype=torch.float64, device=device)
+        # the upper triangle of blocks only: the whole matrix, with its mirror, exists when the layer's weights do not
+        self._edges = [(i, min(i + _BLOCK, width)) for i in range(0, width, _BLOCK)]
+        self._blocks = [
+            {
+                (i, j): torch.zeros((self._size(i), self._size(j)), dtype=torch.float64, device=device)
+                for i in range(len(self._edges))
+                for j in range(i, len(self._edges))
+            }
+            for _ in range(splits)
+        ]
+        self._width = width
         self._x = torch.zeros((splits, width), dtype=torch.float64, device=device)
         self._w = torch.zeros(splits, dtype=torch.float64, device=device)
         self._n = torch.zeros(splits, dtype=torch.float64)
@@ -28,12 +39,14 @@ class GramSum:
 
     def add(self, x: torch.Tensor, y: torch.Tensor, split: int) -> None:
         """Rows x [n, d] and y [n, H] of one split."""
-        s = split % self.splits
-        weight = 1.0 / (y.float().square().mean(-1) + self.eps)  # [n]
-        rows = x.float()
+        for part, out in zip(x.split(_ADDED_ROWS), y.split(_ADDED_ROWS), strict=True):
+            self._add(part.float(), out.float(), split % self.splits)
+
+    def _add(self, rows: torch.Tensor, out: torch.Tensor, s: int) -> None:
+        weight = 1.0 / (out.square().mean(-1) + self.eps)  # [n]
         self._w[s] += weight.double().sum()
-        self._n[s] += len(x)
-        self._x[s] += (weight.double()[None, :] @ rows.double())[0]
+        self._n[s] += len(rows)
+        self._x[s] += weight @ rows
         rows = rows * weight.sqrt()[:, None]
         while len(rows):
             at = self._filled[s]
@@ -47,11 +60,12 @@ class GramSum:
     def _flush(self, s: int) -> None:
         rows = self._rows[s][: self._filled[s]]
         self._filled[s] = 0
-        width = rows.shape[1]
-        for i in range(0, width, _BLOCK):
-            left = rows[:, i : i + _BLOCK].t()
-            for j in range(i, width, _BLOCK):
-                self._g[s, i : i + _BLOCK, j : j + _BLOCK] += left @ rows[:, j : j + _BLOCK]
+        for (i, j), block in self._blocks[s].items():
+            left, right = self._edges[i], self._edges[j]
+            block += rows[:, left[0] : left[1]].t() @ rows[:, right[0] : right[1]]
+
+    def _size(self, i: int) -> int:
+        return self._edges[i][1] - self._edges[i][0]
 
     def finite(self) -> bool:
         """Whether every sum so far is a number."""
@@ -59,16 +73,17 @@ class GramSum:
 
     def tensors(self, name: str) -> dict[str, torch.Tensor]:
         """`gram.<name>.{g, x, w, n}`, float64. Ends the sum: what is staged is added and the triangle mirrored."""
+        whole = torch.empty((self.splits, self._width, self._width), dtype=torch.float64)
         for s in range(self.splits):
             if self._filled[s]:
                 self._flush(s)
-            width = self._g.shape[1]
-            for i in range(0, width, _BLOCK):
-                for j in range(i, width, _BLOCK):
-                    block = self._g[s, i : i + _BLOCK, j : j + _BLOCK]
-                    if i == j:
-                        block.copy_((block + block.t()) / 2)
-                    else:
-                        self._g[s, j : j + _BLOCK, i : i + _BLOCK] = block.t()
-        out = {"g": self._g.cpu(), "x": self._x.cpu(), "w": self._w.cpu(), "n": self._n}
+            while self._blocks[s]:
+                (i, j), block = self._blocks[s].popitem()
+                rows, columns = slice(*self._edges[i]), slice(*self._edges[j])
+                if i == j:
+                    block = (block + block.t()) / 2
+                whole[s, rows, columns] = block
+                whole[s, columns, rows] = block.t()
+        self._rows.clear()
+        out = {"g": whole, "x": self._x.cpu(), "w": self._w.cpu(), "n": self._n}
         return {f"gram.{name}.{key}": value for key, value in out.items()}

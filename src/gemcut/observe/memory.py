@@ -38,7 +38,10 @@ def observe_memory_bytes(checkpoint: Checkpoint, settings: ObserveSettings, *, l
     widest = max(checkpoint.ref(f"{p}self_attn.o_proj.weight").shape[1] for p in prefixes)
     sums = _sums_bytes(text, widest)
     batch = _batch_bytes(text, widest, max(settings.batch_tokens, longest), longest or settings.batch_tokens, item)
-    return _BASE_BYTES + max(max(weights.values()) + sums + batch, ends + batch, 2 * sums)
+    # while a layer runs, half of its Gram matrix is there; when it is mirrored and written, the weights are gone
+    splits = gram_splits(widest)
+    running = sums - splits * (widest * widest * 4 - _STAGED_ROWS * widest * 4)
+    return _BASE_BYTES + max(max(weights.values()) + running + batch, ends + batch, 2 * sums)
 
 
 def observe_disk_bytes(checkpoint: Checkpoint, settings: ObserveSettings, *, tokens: int, questions: int) -> int:
@@ -84,8 +87,7 @@ def _sums_bytes(text: Mapping[str, Json], widest: int) -> int:
     hidden, experts = _number(text, "hidden_size"), _number(text, "num_experts")
     columns = 2 * hidden + widest + _number(text, "intermediate_size")
     columns += experts * (hidden + _number(text, "moe_intermediate_size"))
-    gram = gram_splits(widest) * (widest * widest * 8 + _STAGED_ROWS * widest * 4)
-    return columns * (2 * SPLITS * 8 + 4) + gram + 2 * experts * experts * 8
+    return columns * (2 * SPLITS * 8 + 4) + gram_splits(widest) * widest * widest * 8 + 2 * experts * experts * 8
 
 
 def _batch_bytes(text: Mapping[str, Json], widest: int, tokens: int, length: int, item: int) -> int:

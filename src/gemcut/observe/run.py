@@ -110,6 +110,7 @@ class _Pass:
             observer = self.layer(i)
             done.aliases.update(observer.aliases)
             done.layers.append(save_layer(self.folder, i, observer.tensors(), observer.aliases))
+            del observer  # its sums are as large as a third of a layer: they must not be there beside the next
             done.save(self.folder, self.digest)
             hidden_path(self.folder, i).unlink(missing_ok=True)
 

@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from gemcut.checkpoint.read import Checkpoint
 from gemcut.errors import CheckpointError, UsageError
 from gemcut.stream.experts import RECORDING, register
-from gemcut.stream.weights import DTYPE_NAMES, TORCH_DTYPES, WeightReader, named_dtype
+from gemcut.stream.weights import DTYPE_NAMES, TORCH_DTYPES, WeightReader, named_dtype, release_freed_memory
 
 log = logging.getLogger(__name__)
 
@@ -200,6 +200,7 @@ class StreamedModel:
             yield layer
         finally:
             self._unload(layer)
+            release_freed_memory()
 
     def prefetch(self, i: int) -> None:
         """Start reading layer `i` into the page cache. Past the last layer: nothing."""

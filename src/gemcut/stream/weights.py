@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -112,6 +113,13 @@ class WeightReader:
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
             self._pool = None
+
+
+def release_freed_memory() -> None:
+    """Hand freed heap pages back to the system, where the C library can (glibc keeps over half a GiB otherwise)."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if trim is not None:
+        trim(0)
 
 
 def _read_into(fd: int, ref: TensorRef, offset: int, flat: torch.Tensor) -> None:
