@@ -20,19 +20,21 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 from gemcut import machine, models, stages, store
-from gemcut.checkpoint import Checkpoint, open_checkpoint
+from gemcut.checkpoint import open_checkpoint
 from gemcut.errors import QualityError, UsageError
-from gemcut.recipe import STAGES, Choice, Recipe, resolved
+from gemcut.recipe import STAGES, Choice, Measure, Recipe, resolved
 from gemcut.types import Json, KldResult
 
 log = logging.getLogger(__name__)
 
 # Raise a number when the stage's result changes for the same inputs: old folders are then done again.
 VERSIONS: Mapping[str, int] = {"observe": 1, "plan": 1, "cut": 1, "verify": 1, "kld": 1}
+
+STATISTICS = "statistics"  # inside the observe stage's folder
+MODEL = "model"  # inside a cut stage's folder
 
 Progress = Callable[[int, int, str], None]
 
@@ -162,117 +164,130 @@ def run(
     with _lock(result.folder):
         store.write_bytes(result.folder / "recipe.yaml", (source or resolved(recipe)).encode())
         store.write_bytes(result.folder / "resolved.yaml", resolved(recipe).encode())
-        _run(result, until, force, progress)
+        _Job(result, force, progress).until(until)
     return result
 
 
-def _run(result: Run, until: str, force: bool, progress: Progress | None) -> None:
-    recipe = result.recipe
-    last = STAGES.index(until)
-    stage = _Stages(result, force=force)
-    base = models.open_model(recipe.model)
-    choices = _choices(recipe)
+class _Job:
+    """One run of one recipe: each method is one stage and returns what the next ones stand on."""
 
-    seen = stages.read_corpus(
-        recipe.observe.corpus, base, recipe.observe.max_tokens, recipe.observe.max_tokens_per_item
-    )
-    settings = recipe.observe.model_dump(mode="json", exclude={"corpus", "max_memory_gib", "batch_tokens"})
-    observed = stage(
-        "observe",
-        "",
-        {"model": base.fingerprint, "corpus": seen.hash, **settings},
-        (),
-        lambda folder: stages.observe(
-            base, seen, folder / "statistics", recipe.observe, force=force, progress=progress
-        ),
-    )
-    statistics = observed.folder / "statistics"
-    if last < STAGES.index("plan"):
-        return
+    def __init__(self, result: Run, force: bool, progress: Progress | None) -> None:
+        self.recipe = result.recipe
+        self.result = result
+        self.force = force
+        self.progress = progress
+        self.stage = _Stages(result, force=force)
+        self.base = models.open_model(self.recipe.model)
+        self.choices = _choices(self.recipe)
+        self.chosen = self.choices[0].name
 
-    plans: dict[str, Stage] = {}
-    for choice in choices:
-        plans[choice.name] = stage(
-            "plan",
-            choice.name,
-            {"choice": choice.model_dump(mode="json"), "plan": recipe.plan.model_dump(mode="json")},
-            (observed.key,),
-            partial(stages.plan, statistics, choice, recipe.plan, force=True),
-        )
-    if last < STAGES.index("cut"):
-        return
+    def until(self, name: str) -> None:
+        """Every stage in order, up to the one of this name."""
+        last = STAGES.index(name)
+        observed = self.observe()
+        if last < STAGES.index("plan"):
+            return
+        plans = {choice.name: self.plan(choice, observed) for choice in self.choices}
+        if last < STAGES.index("cut"):
+            return
+        cuts = {name: self.cut(name, planned) for name, planned in plans.items()}
+        self.result.chosen = self.chosen
+        self.result.model = cuts[self.chosen].folder / MODEL
+        if last < STAGES.index("verify"):
+            return
+        verified = self.verify(plans[self.chosen], cuts[self.chosen])
+        if last < STAGES.index("kld"):
+            return
+        if self.recipe.kld is not None:
+            measured = self.measure(self.recipe.kld, cuts)
+            self.result.measured = stages.measured(measured.folder, list(cuts))
+        if last >= STAGES.index("report"):
+            self.report(observed, plans, verified)
+        _gate(self.recipe, self.result.measured or {}, self.chosen)
 
-    cuts: dict[str, Stage] = {}
-    for choice in choices:
-        plan_file = plans[choice.name].folder / stages.PLAN
-        cuts[choice.name] = stage(
-            "cut",
-            choice.name,
-            {"model": base.fingerprint, "plan": store.sha256_file(plan_file), **recipe.cut.model_dump(mode="json")},
-            (plans[choice.name].key,),
-            partial(_cut, base, plan_file, recipe.cut.link, progress),
-        )
-    chosen = result.chosen = choices[0].name
-    result.model = cuts[chosen].folder / "model"
-    if last < STAGES.index("verify"):
-        return
-
-    verified = stage(
-        "verify",
-        chosen,
-        {"model": base.fingerprint},
-        (cuts[chosen].key,),
-        lambda folder: stages.verified(
-            cuts[chosen].folder / "model", base, plans[chosen].folder / stages.PLAN, folder, progress=progress
-        ),
-    )
-    if last < STAGES.index("kld"):
-        return
-
-    measured: Stage | None = None
-    if recipe.kld is not None:
-        words = recipe.kld
-        text = stages.read_corpus(words.corpus, base, words.max_tokens, words.max_tokens_per_item)
-        measured = stage(
-            "kld",
+    def observe(self) -> Stage:
+        words = self.recipe.observe
+        corpus = stages.read_corpus(words.corpus, self.base, words.max_tokens, words.max_tokens_per_item)
+        # what only bounds memory does not change the sums, so that it is no part of the key
+        settings = words.model_dump(mode="json", exclude={"corpus", "max_memory_gib", "batch_tokens"})
+        return self.stage(
+            "observe",
             "",
-            {
-                "model": base.fingerprint,
-                "corpus": text.hash,
-                "candidates": [c.name for c in choices],
-                **words.model_dump(mode="json", exclude={"corpus", "max_mean_nats"}),
-            },
-            tuple(cuts[c.name].key for c in choices),
-            lambda folder: stages.kld(
-                base,
-                {c.name: cuts[c.name].folder / "model" for c in choices},
-                text,
-                words,
-                folder,
-                progress=progress,
+            {"model": self.base.fingerprint, "corpus": corpus.hash, **settings},
+            (),
+            lambda folder: stages.observe(
+                self.base, corpus, folder / STATISTICS, words, force=self.force, progress=self.progress
             ),
         )
-        result.measured = stages.measured(measured.folder, [c.name for c in choices])
-    if last >= STAGES.index("report"):
-        from gemcut import reporting
 
-        result.report = reporting.write(
-            recipe,
-            base,
-            open_checkpoint(result.model, f"{base.name.rpartition('/')[2].replace(':', '-')}-{recipe.plan.keep}e"),
-            statistics=statistics,
-            planned={name: stages.load_planned(s.folder) for name, s in plans.items()},
-            checks=stages.load_checks(verified.folder),
-            measured=result.measured or {},
-            times=[(s.folder.name.rsplit("-", 1)[0], s.seconds, s.peak_rss_bytes) for s in result.done],
-            out=result.folder / "report",
+    def plan(self, choice: Choice, observed: Stage) -> Stage:
+        words = self.recipe.plan
+        return self.stage(
+            "plan",
+            choice.name,
+            {"choice": choice.model_dump(mode="json"), "plan": words.model_dump(mode="json")},
+            (observed.key,),
+            lambda folder: stages.plan(observed.folder / STATISTICS, choice, words, folder, force=True),
         )
-    if measured is not None:
-        _gate(recipe, measured.folder, chosen)
 
+    def cut(self, name: str, planned: Stage) -> Stage:
+        plan_file, link = planned.folder / stages.PLAN, self.recipe.cut.link
+        return self.stage(
+            "cut",
+            name,
+            {"model": self.base.fingerprint, "plan": store.sha256_file(plan_file), "link": link},
+            (planned.key,),
+            lambda folder: stages.cut(
+                self.base, plan_file, folder / MODEL, link=link, force=True, progress=self.progress
+            ),
+        )
 
-def _cut(base: Checkpoint, plan_file: Path, link: bool, progress: Progress | None, folder: Path) -> None:
-    stages.cut(base, plan_file, folder / "model", link=link, force=True, progress=progress)
+    def verify(self, planned: Stage, cut: Stage) -> Stage:
+        return self.stage(
+            "verify",
+            self.chosen,
+            {"model": self.base.fingerprint},
+            (cut.key,),
+            lambda folder: stages.verified(
+                cut.folder / MODEL, self.base, planned.folder / stages.PLAN, folder, progress=self.progress
+            ),
+        )
+
+    def measure(self, words: Measure, cuts: Mapping[str, Stage]) -> Stage:
+        corpus = stages.read_corpus(words.corpus, self.base, words.max_tokens, words.max_tokens_per_item)
+        settings = words.model_dump(mode="json", exclude={"corpus", "max_mean_nats"})
+        return self.stage(
+            "kld",
+            "",
+            {"model": self.base.fingerprint, "corpus": corpus.hash, "candidates": list(cuts), **settings},
+            tuple(cut.key for cut in cuts.values()),
+            lambda folder: stages.kld(
+                self.base,
+                {name: cut.folder / MODEL for name, cut in cuts.items()},
+                corpus,
+                words,
+                folder,
+                progress=self.progress,
+            ),
+        )
+
+    def report(self, observed: Stage, plans: Mapping[str, Stage], verified: Stage) -> None:
+        from gemcut import reporting  # matplotlib takes a second that the other stages need not wait for
+
+        assert self.result.model is not None
+        kept = self.recipe.plan.keep
+        name = f"{self.base.name.rpartition('/')[2].partition('@')[0].replace(':', '-')}-{kept}e"
+        self.result.report = reporting.write(
+            self.recipe,
+            self.base,
+            open_checkpoint(self.result.model, name),
+            statistics=observed.folder / STATISTICS,
+            planned={label: stages.load_planned(planned.folder) for label, planned in plans.items()},
+            checks=stages.load_checks(verified.folder),
+            measured=self.result.measured or {},
+            times=[(s.folder.name.rsplit("-", 1)[0], s.seconds, s.peak_rss_bytes) for s in self.result.done],
+            out=self.result.folder / "report",
+        )
 
 
 def _choices(recipe: Recipe) -> list[Choice]:
@@ -287,11 +302,11 @@ def _choices(recipe: Recipe) -> list[Choice]:
     return choices
 
 
-def _gate(recipe: Recipe, measured: Path, chosen: str) -> None:
+def _gate(recipe: Recipe, measured: Mapping[str, KldResult], chosen: str) -> None:
     limit = recipe.kld.max_mean_nats if recipe.kld else None
-    if limit is None:
+    if limit is None or chosen not in measured:
         return
-    mean = stages.mean_kld(measured, chosen)
+    mean = next(row.mean for row in measured[chosen].rows if row.cls == "all")
     if mean.value > limit:
         raise QualityError(
             "the KLD gate failed; the work is kept",

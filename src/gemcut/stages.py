@@ -17,7 +17,7 @@ from gemcut import plan as planning
 from gemcut.checkpoint import Checkpoint, VerifyReport, open_checkpoint
 from gemcut.errors import UsageError
 from gemcut.recipe import Choice, GuardWords, Measure, Observe, PlanWords
-from gemcut.types import Estimate, Json, KldResult, Manifest, Plan
+from gemcut.types import Json, KldResult, Manifest, Plan
 
 if TYPE_CHECKING:
     from gemcut.observe.settings import ObserveSettings
@@ -305,7 +305,7 @@ def kld(
     *,
     progress: Progress | None = None,
 ) -> dict[str, KldResult]:
-    """All candidates against the base in one lockstep pass; kept as one JSON per candidate."""
+    """All candidates against one pass of the base; kept as one JSON per candidate."""
     from gemcut.evaluate.kld import kld as measure
 
     models = [open_checkpoint(path, name) for name, path in candidates.items()]
@@ -333,12 +333,6 @@ def kld_file(name: str) -> str:
 def measured(folder: Path, names: list[str]) -> dict[str, KldResult]:
     """What `kld` kept."""
     return {name: records.load_kld(folder / kld_file(name)) for name in names}
-
-
-def mean_kld(folder: Path, name: str) -> Estimate:
-    """Mean KLD over all classes of one candidate."""
-    rows = records.load_kld(folder / kld_file(name)).rows
-    return next(row.mean for row in rows if row.cls == "all")
 
 
 def devices() -> list[str]:
