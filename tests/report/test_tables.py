@@ -167,3 +167,13 @@ def test_failed_checks_are_shouted() -> None:
     failed = dataclasses.replace(data, checks=(dataclasses.replace(data.checks[0], passed=False), *data.checks[1:]))
     assert t.key_figures(failed)[-1].value == "FAILED"
     assert t.key_figures(data)[-1].value == "passed"
+
+
+def test_heads_are_called_heads() -> None:
+    data = full()
+    assert data.plan is not None
+    heads = dataclasses.replace(data, plan=dataclasses.replace(data.plan, kind="heads"), statistics=None)
+    assert "24 of 32 query heads in each of 12 layers" in t.headline(heads)
+    table = t.dropped_rows(heads)
+    assert table is not None
+    assert table.columns[2] == "Dropped query heads"
