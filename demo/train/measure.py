@@ -21,6 +21,7 @@ from demo.train.generators import mathematics
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 RESAMPLES = 2000
+BATCH = 10
 
 
 @dataclass(slots=True)
@@ -73,21 +74,50 @@ def loaded(folder: Path, dtype: torch.dtype) -> Any:
     return model.eval()
 
 
+def batches(ids: list[list[int]]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Token ids `[B, S]` padded on the right, and which are real: causal attention keeps the padding out of sight."""
+    for start in range(0, len(ids), BATCH):
+        part = ids[start : start + BATCH]
+        tokens = torch.zeros(len(part), max(map(len, part)), dtype=torch.long)
+        for row, item in enumerate(part):
+            tokens[row, : len(item)] = torch.tensor(item)
+        yield tokens, tokens != 0
+
+
 @torch.no_grad()
-def item_loss(model: Any, ids: list[int]) -> tuple[float, int]:
-    """Σ -ln p(token | before) in nats over all tokens after the first, and their number."""
-    tokens = torch.tensor([ids])
-    logits = model(input_ids=tokens).logits[0, :-1].float()
-    return float(torch.nn.functional.cross_entropy(logits, tokens[0, 1:], reduction="sum")), len(ids) - 1
+def item_losses(model: Any, ids: list[list[int]], counts: np.ndarray | None = None) -> Losses:
+    """Σ -ln p(token | before) in nats over all tokens after the first, an entry an item.
+
+    With `counts` `[L, E]`, every routing decision of a real token is added there.
+    """
+    found = Losses()
+    for tokens, real in batches(ids):
+        with nullcontext() if counts is None else counting(model, counts, real):
+            logits = model(input_ids=tokens).logits[:, :-1].float()
+        nats = torch.nn.functional.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none")  # [B, S-1]
+        found.nats += (nats.double() * real[:, 1:]).sum(1).tolist()
+        found.tokens += real[:, 1:].sum(1).tolist()
+    return found
+
+
+def by_class(
+    model: Any, tokenizer: Any, corpus: Path, counts: dict[str, np.ndarray] | None = None
+) -> dict[str, Losses]:
+    """Losses of the corpus by class; with `counts` (class to `[L, E]`), routing decisions are added there."""
+    ids: dict[str, list[list[int]]] = {label: [] for label in CLASSES}
+    for item in items(corpus):
+        ids[item["class"]].append(token_ids(tokenizer, item))
+    return {label: item_losses(model, found, counts[label] if counts else None) for label, found in ids.items()}
 
 
 @contextmanager
-def counting(model: Any, counts: np.ndarray) -> Iterator[None]:
-    """Add every routing decision to `counts` `[L, E]` while the context is open."""
+def counting(model: Any, counts: np.ndarray, real: torch.Tensor) -> Iterator[None]:
+    """Add the routing decisions of the `real` tokens `[B, S]` to `counts` `[L, E]` while the context is open."""
 
     def hook(layer: int) -> Any:
         def count(_module: Any, _inputs: Any, output: Any) -> None:
-            counts[layer] += np.bincount(output[2].reshape(-1).numpy(), minlength=counts.shape[1])
+            index = output[2][real.reshape(-1)]
+            counts[layer] += np.bincount(index.reshape(-1).numpy(), minlength=counts.shape[1])
 
         return count
 
@@ -111,19 +141,6 @@ def divergence_bits(first: np.ndarray, second: np.ndarray) -> float:
         return float(-(p * np.log2(p)).sum())
 
     return entropy((first + second) / 2) - (entropy(first) + entropy(second)) / 2
-
-
-def by_class(
-    model: Any, tokenizer: Any, corpus: Path, counts: dict[str, np.ndarray] | None = None
-) -> dict[str, Losses]:
-    """Losses of the corpus by class; with `counts` (class to `[L, E]`), routing decisions are added there."""
-    found = {label: Losses() for label in CLASSES}
-    for item in items(corpus):
-        with counting(model, counts[item["class"]]) if counts else nullcontext():
-            nats, tokens = item_loss(model, token_ids(tokenizer, item))
-        found[item["class"]].nats.append(nats)
-        found[item["class"]].tokens.append(tokens)
-    return found
 
 
 def routing(counts: dict[str, np.ndarray], corpus: str, top_k: int) -> dict[str, Any]:
@@ -198,7 +215,7 @@ def main() -> None:
     torch.set_num_threads(2)
     tokenizer = AutoTokenizer.from_pretrained(options.folder)
     results: dict[str, Any] = {}
-    for dtype in (torch.bfloat16, torch.float32):
+    for dtype in (torch.float32, torch.bfloat16):
         model = loaded(options.folder, dtype)
         name = str(dtype).removeprefix("torch.")
         counts = None
@@ -211,6 +228,7 @@ def main() -> None:
         if counts:
             record = routing(counts, options.corpus.name, config.top_k_experts)
             options.routing.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    model = loaded(options.folder, torch.float32)
     for thinking in (False, True):
         key = "answers_thinking" if thinking else "answers"
         results[key] = answers(model, tokenizer, thinking=thinking, count=options.questions)
