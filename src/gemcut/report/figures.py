@@ -262,8 +262,11 @@ def cut(data: ReportData) -> Drawing | None:
             f"What was dropped: {_dropped(grid)} of {count(rows * columns)} {name}", pad=10 + 18 * -(-len(fates) // 3)
         )
         axes.legend(handles=fates, bbox_to_anchor=(-0.01, 1.0), ncols=3)
-        caption = f"One row per layer, one cell per {units_name(data, 1)}; the black line is where the kept number ends"
-        caption += ": a dropped cell at its left or a kept one at its right was decided by a guard, not by the score."
+        caption = (
+            f"One row per layer, one cell per {units_name(data, 1)}; the black line is where the kept number ends."
+        )
+        if grid.reasons:
+            caption += " What a guard keeps beyond it takes the place of a higher score before it."
         return _svg(figure, "cut", plain(caption))
 
 
@@ -281,7 +284,7 @@ def _fates(grid: CutGrid, colours: list[str]) -> list[Patch | Line2D]:
     ]
     for i, reason in enumerate(grid.reasons):
         colour = colours[min(2 + i, len(colours) - 1)]
-        handles.append(Patch(color=colour, label=f"kept by guard: {plain(reason)[:32]} ({number(2 + i)})"))
+        handles.append(Patch(color=colour, label=f"kept only by a guard: {plain(reason)[:32]} ({number(2 + i)})"))
     if grid.near_tie.any():
         low, high = (round(100 * p) for p in NEAR_TIE)
         dot = Line2D([], [], marker="o", linestyle="none", color=INK, markersize=4)

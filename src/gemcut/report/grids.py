@@ -18,7 +18,7 @@ NEAR_TIE = (0.05, 0.95)  # a keep probability strictly between them means the co
 class CutGrid:
     """The cut figure's cells. Columns are units by descending score within their layer.
 
-    order: int [L, U], the unit in each column.     state: int [L, U], 0 dropped, 1 kept, 2 + i protected by reasons[i].
+    order: int [L, U], the unit in each column.     state: int [L, U], 0 dropped, 1 kept, 2 + i kept only by reasons[i].
     near_tie: bool [L, U].                          kept: int [L], kept units per layer.
     """
 
@@ -46,12 +46,16 @@ def cut_grid(data: ReportData) -> CutGrid | None:
     values = scores.values if scores is not None else keep.astype(np.float64)
     order = np.argsort(-values, axis=1, kind="stable")
     state = keep.astype(np.int64)
+    needed = keep.copy()
+    if scores is not None:  # a protected unit whose score is high enough would have stayed anyway
+        place = np.argsort(order, axis=1)
+        needed &= place >= keep.sum(axis=1, keepdims=True)
     protected = dict(data.protected)
     if scores is not None and scores.protected is not None and not protected:
         protected = {scores.why or "floor": scores.protected}
-    reasons = tuple(name for name, mask in protected.items() if bool((mask & keep).any()))
+    reasons = tuple(name for name, mask in protected.items() if bool((mask & needed).any()))
     for i, reason in reversed(list(enumerate(reasons))):
-        state[protected[reason] & keep] = 2 + i
+        state[protected[reason] & needed] = 2 + i
     near = np.zeros(shape, bool)
     if data.keep_probability is not None:
         near = (data.keep_probability > NEAR_TIE[0]) & (data.keep_probability < NEAR_TIE[1])

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from gemcut.report.data import ALL, KldEntry, ModelFacts, ReportData
-from gemcut.report.grids import NEAR_TIE
+from gemcut.report.grids import NEAR_TIE, cut_grid
 from gemcut.types import Estimate, Json, Manifest
 
 UNIT_NAMES = {"experts": ("expert", "experts"), "heads": ("query head", "query heads")}
@@ -271,14 +271,15 @@ def dropped_rows(data: ReportData) -> Table | None:
     """One row per layer: what goes, which of it is a near tie, and what a guard keeps. plan.json has every reason."""
     if data.plan is None or not data.layers:
         return None
+    grid = cut_grid(data)
     rows = []
     for row, layer in enumerate(data.layers):
         plan = data.plan.layers[layer]
         tied = [unit for unit in sorted(plan.drop) if _is_tie(data, row, unit)]
-        held = [unit for unit in sorted(plan.keep) if any(mask[row, unit] for mask in data.protected.values())]
+        held = sorted(int(unit) for unit in grid.order[row][grid.state[row] >= 2]) if grid else []
         lists = (", ".join(map(str, units)) or "–" for units in (sorted(plan.drop), tied, held))
         rows.append((str(layer), str(len(plan.keep)), *lists))
-    columns = ("Layer", "Kept", f"Dropped {units_name(data)}", "Near ties among them", "Kept by a guard")
+    columns = ("Layer", "Kept", f"Dropped {units_name(data)}", "Near ties among them", "Kept only by a guard")
     return Table(columns, tuple(rows), "rrlll")
 
 
