@@ -57,7 +57,7 @@ def plain_statistics(folder: Path, corpus: Corpus, layer_count: int, *, moe: boo
     out: list[dict[str, Any]] = [{} for _ in layers]
     for q, row in enumerate(corpus.items):
         with torch.no_grad():
-            model(input_ids=torch.from_numpy(row.ids)[None], use_cache=False)
+            model(input_ids=torch.tensor(row.ids)[None], use_cache=False)
         cls = corpus.classes.index(row.cls)
         for sums, layer in zip(out, layers, strict=True):
             for name, kept in layer.inputs.items():

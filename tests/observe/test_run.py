@@ -269,6 +269,8 @@ def test_bfloat16_agrees_with_float32_roughly(tiny: Tiny, observed: Path, tmp_pa
     """Layer 0 has the same inputs in both: its sums differ by the rounding of bfloat16 only."""
     out = observe(tiny("moe"), make_corpus(), tmp_path / "s", settings=ObserveSettings(batch_tokens=64))
     assert load_statistics(out).meta.dtype == "bfloat16"
+    by_name = ObserveSettings(dtype="bfloat16")  # the same thing said explicitly: finished already
+    assert observe(tiny("moe"), make_corpus(), out, settings=by_name) == out
     a, b = layer_file(observed, 0), layer_file(out, 0)
     for name in ("linear.self_attn.q_proj.a2", "linear.self_attn.o_proj.a2", "linear.mlp.down_proj.a2"):
         np.testing.assert_allclose(b[name], a[name], rtol=0.05, atol=0.02 * a[name].max())

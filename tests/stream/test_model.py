@@ -69,6 +69,28 @@ def test_recording_experts_have_the_bits_of_eager(folders: dict[str, Path], kind
     assert torch.equal(streamed, stock_logits(folders[kind], ids, dtype, experts_implementation="eager"))
 
 
+def test_a_vision_tower_is_left_alone(folders: dict[str, Path], tmp_path: Path) -> None:
+    """The real wrappers have one; its weights are never read, and text comes out as from the stock model."""
+    from safetensors.torch import load_file, save_file
+    from transformers import Gemma4VisionConfig, Gemma4VisionModel
+
+    vision = {
+        "model_type": "gemma4_vision", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16, "patch_size": 4, "pooling_kernel_size": 2,
+        "position_embedding_size": 64, "standardize": True,
+    }  # fmt: skip
+    folder = make_tiny(tmp_path / "seeing", "moe", shards=1)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"vision_config": vision}))
+    state = load_file(folder / "model.safetensors")
+    for name, value in Gemma4VisionModel(Gemma4VisionConfig(**vision)).state_dict().items():
+        state[f"model.vision_tower.{name}"] = value.bfloat16().contiguous()
+    state["model.embed_vision.embedding_projection.weight"] = torch.zeros(64, 32, dtype=torch.bfloat16)
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    ids = token_ids(2, 21)
+    assert torch.equal(streamed_logits(folder, ids), stock_logits(folder, ids, "bfloat16"))
+
+
 def test_padding_on_the_right_changes_no_real_token(folders: dict[str, Path]) -> None:
     long, short = token_ids(1, 30, seed=1), token_ids(1, 19, seed=2)
     both = torch.zeros(2, 30, dtype=torch.int64)

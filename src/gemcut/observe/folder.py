@@ -20,6 +20,8 @@ from gemcut.observe.settings import ObserveSettings
 from gemcut.records.statistics import STATISTICS_FILE, STATISTICS_SCHEMA, LayerFile
 from gemcut.store import PARTIAL, disk_errors, fsync_folder, read_json, sha256_file, write_json
 from gemcut.stream.corpus import Corpus
+from gemcut.stream.model import stored_dtype
+from gemcut.stream.weights import DTYPE_NAMES
 from gemcut.types import Json, Question, StatisticsMeta
 
 REQUEST_FILE = "observation.json"
@@ -34,7 +36,7 @@ def request_of(checkpoint: Checkpoint, corpus: Corpus, settings: ObserveSettings
         "corpus_hash": corpus.hash,
         "template_hash": corpus.template_hash,
         "bos_policy": corpus.bos_policy,
-        "settings": settings.identity(),
+        "settings": settings.identity(DTYPE_NAMES[stored_dtype(checkpoint)]),
     }
 
 

@@ -43,11 +43,15 @@ class ObserveSettings:
         if self.gram_tokens is not None and self.gram_tokens < 1:
             raise UsageError("gram_tokens is too small", got=self.gram_tokens, wanted="at least 1, or none")
 
-    def identity(self) -> dict[str, Json]:
-        """What decides the numbers. Batch size, memory and device change them by rounding only and stay out."""
+    def identity(self, stored: str) -> dict[str, Json]:
+        """What decides the numbers. Batch size, memory and device change them by rounding only and stay out.
+
+        Args:
+            stored: the checkpoint's own dtype: asking for it by name asks for nothing else.
+        """
         return {
             "version": OBSERVE_VERSION,
-            "dtype": self.dtype,
+            "dtype": self.dtype or stored,
             "gram_tokens": self.gram_tokens,
             "near_sample": self.near_sample,
             "seed": self.seed,

@@ -129,7 +129,7 @@ class StreamedModel:
             CheckpointError: config.json is not what its architecture needs.
         """
         where = torch.device(device)
-        compute = named_dtype(dtype) if dtype is not None else _stored_dtype(checkpoint)
+        compute = named_dtype(dtype) if dtype is not None else stored_dtype(checkpoint)
         register()
         try:
             config = AutoConfig.from_pretrained(checkpoint.path, local_files_only=True, trust_remote_code=False)
@@ -355,7 +355,7 @@ def _implementation(experts: str) -> str:
     return experts
 
 
-def _stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
+def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
     """The dtype of the stored embedding: what the checkpoint was saved in."""
     for name, ref in checkpoint.tensors.items():
         if name.endswith("embed_tokens.weight") and ref.dtype in TORCH_DTYPES:
