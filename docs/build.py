@@ -12,10 +12,11 @@ from pathlib import Path
 
 import click
 
-from gemcut import recipe
+from gemcut import recipe, records
 from gemcut.cli.main import VERBS
 
 DOCS = Path(__file__).parent
+BEGIN, END = "<!-- demo:begin -->", "<!-- demo:end -->"
 HEAD = "<!-- written by docs/build.py: edit the code, then run make docs -->\n\n"
 
 # One real use of every verb, shown above its flags.
@@ -80,11 +81,53 @@ def recipes_page() -> str:
     return "".join(parts)
 
 
+def demo_block(run: Path) -> str:
+    """The README's table and picture, from the records of a finished demo run."""
+    found = {p.stem.removeprefix("kld-"): records.load_kld(p) for p in run.glob("kld-*/kld-*.json")}
+    if not found:
+        raise SystemExit(f"{run} has no KLD results: run gemcut demo first")
+    rows = {name: next(row for row in one.rows if row.cls == "all") for name, one in found.items()}
+    one = next(iter(rows.values()))
+    lines = [
+        "Which half of the experts goes decides what the cut costs. `make demo` drops 16 of 32 experts in each of 6 layers",
+        "(24.0 → 14.9 MiB) and measures every criterion on held-out text:",
+        "",
+        "| criterion | mean KLD, nats | same top token | ln PPL ratio |",
+        "|---|---|---|---|",
+    ]
+    for name, row in sorted(rows.items(), key=lambda item: item[1].mean.value):
+        m, t, p = row.mean, row.same_top, row.ln_ppl_ratio
+        lines.append(
+            f"| {name} | {m.value:.3f} [{m.low:.3f}, {m.high:.3f}] | {100 * t.value:.1f} % [{100 * t.low:.1f}, "
+            f"{100 * t.high:.1f}] | {p.value:+.3f} [{p.low:+.3f}, {p.high:+.3f}] |"
+        )
+    chunks = next(iter(found.values())).chunks
+    lines += [
+        "",
+        f"*KL(base ‖ cut) over {one.tokens:,} tokens of six classes; 95 % intervals from a bootstrap over n = {chunks} chunks.*",
+        "",
+        "![Damage by criterion](docs/images/demo-criteria.svg)",
+    ]
+    return "\n".join(lines)
+
+
+def fill_readme(run: Path) -> None:
+    """Put the block between the README's markers, and the picture beside the docs."""
+    readme = DOCS.parent / "README.md"
+    head, rest = readme.read_text().split(BEGIN, 1)
+    _, tail = rest.split(END, 1)
+    readme.write_text(f"{head}{BEGIN}\n\n{demo_block(run)}\n\n{END}{tail}")
+    (DOCS / "images").mkdir(exist_ok=True)
+    (DOCS / "images" / "demo-criteria.svg").write_bytes((run / "report" / "figures" / "criteria.svg").read_bytes())
+
+
 PAGES = {"cli.md": cli_page, "recipes.md": recipes_page}
 
 
 def main() -> int:
     """Write or check every page."""
+    if "--demo" in sys.argv:
+        fill_readme(Path(sys.argv[sys.argv.index("--demo") + 1]))
     stale = []
     for name, page in PAGES.items():
         path = DOCS / name
