@@ -88,9 +88,11 @@ def demo_block(run: Path) -> str:
         raise SystemExit(f"{run} has no KLD results: run gemcut demo first")
     rows = {name: next(row for row in one.rows if row.cls == "all") for name, one in found.items()}
     one = next(iter(rows.values()))
+    manifest = records.load_manifest(next(run.glob("cut-*/model/manifest.json")))
+    sizes = " → ".join(f"{size / 2**20:.1f}" for size in (manifest.size_bytes_before, manifest.size_bytes_after))
     lines = [
-        "Which half of the experts goes decides what the cut costs. `make demo` drops 16 of 32 experts in each of 6 layers",
-        "(24.0 → 14.9 MiB) and measures every criterion on held-out text:",
+        "Which half of the experts goes decides what the cut costs. `make demo` drops 16 of 32 experts in each of 6",
+        f"layers ({sizes} MiB) and measures every criterion on held-out text:",
         "",
         "| criterion | mean KLD, nats | same top token | ln PPL ratio |",
         "|---|---|---|---|",
@@ -104,7 +106,8 @@ def demo_block(run: Path) -> str:
     chunks = next(iter(found.values())).chunks
     lines += [
         "",
-        f"*KL(base ‖ cut) over {one.tokens:,} tokens of six classes; 95 % intervals from a bootstrap over n = {chunks} chunks.*",
+        f"*KL(base ‖ cut) over {one.tokens:,} tokens of six classes; 95 % intervals from a bootstrap over n = {chunks} "
+        "chunks.*",
         "",
         "![Damage by criterion](docs/images/demo-criteria.svg)",
     ]
