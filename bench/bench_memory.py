@@ -19,7 +19,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 import synthetic
-
 from gemcut import shipped
 from gemcut.checkpoint import open_checkpoint
 
