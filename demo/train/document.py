@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 CLASSES: tuple[str, ...] = ("code", "prose", "math", "logic", "science", "creative")
-SPLITS: tuple[str, ...] = ("train", "calibration", "heldout")
 
 Message = Mapping[str, str]
 
