@@ -25,20 +25,28 @@ class ColumnSums:
         self.a2 = torch.zeros((SPLITS, units or 1, features), dtype=torch.float64, device=device)
         self.a4 = torch.zeros_like(self.a2)
         self._peak = torch.zeros(shape, dtype=torch.float32, device=device).reshape(-1, features)  # of a²
-        rows = max(1, _BLOCK_VALUES * torch.get_num_threads() // features)
+        # One part of the rows per thread, in every pass: torch gives each thread the same rows when it squares and, in
+        # batched sums, when it adds; a sum over all rows at once would split columns instead, and move the block
+        # between cores twice.
+        self._parts = torch.get_num_threads() if self.a2.device.type == "cpu" else 1
+        rows = max(1, _BLOCK_VALUES // features) * self._parts
         self._wide = torch.empty((rows, features), dtype=torch.float32, device=device)
+        self._ones = torch.ones((self._parts, 1, rows // self._parts), dtype=torch.float32, device=device)
 
     def add(self, a: torch.Tensor, split: int, unit: int = 0) -> None:
         """Rows a [T, F] of one split."""
         a2, a4, peak = self.a2[split, unit], self.a4[split, unit], self._peak[unit]
         for block in a.split(len(self._wide)):
-            wide = self._wide[: len(block)]
-            wide.copy_(block)
-            wide.mul_(wide)
-            torch.maximum(peak, wide.amax(0), out=peak)
-            a2.add_(wide.sum(0))
-            wide.mul_(wide)
-            a4.add_(wide.sum(0))
+            each = -(-len(block) // self._parts)
+            flat = self._wide[: each * self._parts]
+            flat[: len(block)].copy_(block)
+            flat[len(block) :].zero_()
+            flat.mul_(flat)
+            parts, ones = flat.view(self._parts, each, -1), self._ones[:, :, :each]
+            torch.maximum(peak, parts.amax(1).amax(0), out=peak)
+            a2.add_(torch.bmm(ones, parts).sum((0, 1)))
+            flat.mul_(flat)
+            a4.add_(torch.bmm(ones, parts).sum((0, 1)))
         self.n[split, unit] += len(a)
 
     def finite(self) -> bool:
