@@ -57,7 +57,7 @@ def run_merges() -> list[tuple[str, str]]:
 
 
 def learned(texts: Iterable[str]) -> tuple[list[str], list[tuple[str, str]]]:
-    """Alphabet and merges of a byte-pair training over `PIECES`."""
+    """Alphabet and merges of a byte-pair training over `PIECES`; ties fall by chance, so two runs differ."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True))
     tokenizer.normalizer = normalizers.Replace(" ", SPACE)
     tokenizer.pre_tokenizer = pre_tokenizers.Split(PIECES, behavior="isolated")
