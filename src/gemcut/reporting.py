@@ -12,10 +12,13 @@ import yaml
 from gemcut import machine, records
 from gemcut.checkpoint.read import Checkpoint
 from gemcut.families.base import COMPONENTS
-from gemcut.recipe import Recipe, resolved
+from gemcut.recipe import Recipe, resolved, shipped
 from gemcut.report import Check, CriterionNote, KldEntry, ModelFacts, ReportData, StageTime, write_report
 from gemcut.score import CRITERIA
 from gemcut.types import KldResult, Plan, Scores
+
+
+DEMO_LIMIT = "Demo figures: measured on a small model that was trained for this purpose, not on a released one."
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,22 +115,29 @@ def write(
         checks=tuple(checks),
         stages=tuple(StageTime(name, seconds, peak) for name, seconds, peak in times),
         recipe=resolved(recipe),
-        commands=(f"gemcut run {recipe.name}",),
+        commands=_commands(recipe),
+        limits=(DEMO_LIMIT,) if base.name.startswith("demo:") else (),
         versions={"gemcut": _version(), **machine.stack()},
         seeds={
             "bootstrap of the plan": recipe.plan.guards.seed,
             **({"bootstrap of the KLD": recipe.kld.seed} if recipe.kld else {}),
         },
         criteria=tuple(CriterionNote(name, one.about, one.source) for name, one in CRITERIA.items() if name in used),
-        calibration_corpus=_corpus_name(recipe.observe.corpus),
-        evaluation_corpus=_corpus_name(recipe.kld.corpus) if recipe.kld else "",
+        calibration_corpus=_public_name(recipe.observe.corpus),
+        evaluation_corpus=_public_name(recipe.kld.corpus) if recipe.kld else "",
     )
     return write_report(data, out, force=True).index_html
 
 
-def _corpus_name(ref: str) -> str:
-    """A shipped name as it is; of a path only the file."""
-    return ref if ref.startswith("demo:") else Path(ref).name
+def _commands(recipe: Recipe) -> tuple[str, ...]:
+    """What a reader types to do it again, and to check the weights that came with this report."""
+    ref = recipe.name if recipe.name in shipped() else "recipe.yaml"
+    return (f"gemcut run {ref}", f"gemcut verify MODEL --base {_public_name(recipe.model)}")
+
+
+def _public_name(ref: str) -> str:
+    """Shipped names and hub ids as they are; of a path only the last part."""
+    return ref if ref.startswith(("demo:", "hf://")) or not Path(ref).exists() else Path(ref).name
 
 
 def _version() -> str:
