@@ -17,7 +17,6 @@ from gemcut.report import Check, CriterionNote, KldEntry, ModelFacts, ReportData
 from gemcut.score import CRITERIA
 from gemcut.types import KldResult, Plan, Scores
 
-
 DEMO_LIMIT = "Demo figures: measured on a small model that was trained for this purpose, not on a released one."
 
 
