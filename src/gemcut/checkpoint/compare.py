@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gemcut.checkpoint.gather import AxisView, new_buffer, pieces, read_exact, span
+from gemcut.checkpoint.gather import PIECE_BYTES, AxisView, new_buffer, pieces, read_exact, span
 from gemcut.checkpoint.values import Tick, relative_change, zeroed
 from gemcut.types import Edit, Found, Mask, Take, TensorFact, TensorRef
 
@@ -175,7 +175,7 @@ def _explains(old_fd: int, old: TensorRef, edit: Edit, new_fd: int, new: TensorR
 
 
 def _bounded(parts: Iterator[memoryview]) -> Iterator[memoryview]:
-    limit = len(new_buffer())
+    limit = PIECE_BYTES
     for part in parts:
         for at in range(0, len(part), limit):
             yield part[at : at + limit]
@@ -220,7 +220,7 @@ def _signatures(fd: int, ref: TensorRef, axis: int) -> list[bytes]:
                 read_exact(fd, row + position * view.inner + skip, piece)
                 digest.update(piece)
             continue
-        per_read = max(1, len(new_buffer()) // view.inner)
+        per_read = max(1, PIECE_BYTES // view.inner)
         for first in range(0, view.positions, per_read):
             last = min(view.positions, first + per_read)
             block = memoryview(bytearray((last - first) * view.inner))

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from gemcut.errors import CheckpointError, UsageError
 from gemcut.types import DTYPE_BYTES, Edit, Edits, Mask, Omit, Rename, Replace, Take, TensorRef
 
-PIECE_BYTES = 2 << 20  # one piece in flight; small enough to stay in a core's cache between read, compare and hash
+PIECE_BYTES = 512 << 10  # one piece in flight; stays in a core's cache between read, compare and hash
 _LONG_RUN_BYTES = 64 << 10  # from here on, reading only the kept runs beats reading everything and gathering
 
 

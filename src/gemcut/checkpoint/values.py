@@ -41,8 +41,8 @@ def relative_change(
     decoded, a zero `before`, or a value that is not finite.
     """
     change = norm = 0.0
-    # pieces end on whole elements of both dtypes
-    step = PIECE_BYTES // 4 // 8
+    # counted in elements, so that pieces end on whole ones in both dtypes
+    step = PIECE_BYTES // 4
     for first in range(0, before.elements, step):
         n = min(step, before.elements - first)
         tick()
