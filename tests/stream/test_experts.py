@@ -19,12 +19,19 @@ class Recorder:
         self.told: list[Any] = []
         self.calls: list[tuple[int, slice, torch.Tensor, torch.Tensor, torch.Tensor]] = []
         self.combined: torch.Tensor | None = None
+        self.fed = self.between = torch.empty(0)
 
     def begin(self, inputs: torch.Tensor, token: torch.Tensor, expert: torch.Tensor, gate: torch.Tensor) -> None:
         self.told = [inputs, token, expert, gate]
 
-    def expert(self, expert: int, rows: slice, inputs: torch.Tensor, inner: torch.Tensor, output: torch.Tensor) -> None:
-        self.calls.append((expert, rows, inputs, inner, output.clone()))
+    def inputs(self, expert: int, rows: slice, x: torch.Tensor) -> None:
+        self.fed = x
+
+    def inner(self, expert: int, rows: slice, h: torch.Tensor) -> None:
+        self.between = h
+
+    def outputs(self, expert: int, rows: slice, f: torch.Tensor) -> None:
+        self.calls.append((expert, rows, self.fed, self.between, f.clone()))
 
     def end(self, combined: torch.Tensor) -> None:
         self.combined = combined

@@ -7,7 +7,12 @@ import torch
 from gemcut.observe.settings import SPLITS
 
 # Values converted to float32 at a time and per thread: they stay in a core's cache through all six passes over them.
-_BLOCK_VALUES = 360_448
+_BLOCK_VALUES = 180_224
+
+
+def make_scratch(device: torch.device | None = None) -> torch.Tensor:
+    """Room for one block in float32."""
+    return torch.empty(_BLOCK_VALUES * torch.get_num_threads(), dtype=torch.float32, device=device)
 
 
 class ColumnSums:
@@ -15,32 +20,47 @@ class ColumnSums:
 
         n[s, u] = Σ_t 1      a2[s, u, f] = Σ_t a²      a4[s, u, f] = Σ_t a⁴      amax[u, f] = max_t |a|
 
-    float32 squares, summed in float32 over a block of rows (128 of 2816 values for each thread), then in float64.
+    float32 squares, summed in float32 over a block of rows (64 of 2816 values for each thread), then in float64.
     """
 
-    def __init__(self, features: int, units: int | None = None, device: torch.device | None = None) -> None:
-        shape = (features,) if units is None else (units, features)
-        self.grouped = units is not None
-        self.n = torch.zeros((SPLITS, units or 1), dtype=torch.float64)
-        self.a2 = torch.zeros((SPLITS, units or 1, features), dtype=torch.float64, device=device)
+    def __init__(
+        self,
+        features: int,
+        units: int | None = None,
+        device: torch.device | None = None,
+        scratch: torch.Tensor | None = None,
+    ) -> None:
+        """scratch: what `make_scratch` gave, shared by sums that are never filled at the same time."""
+        self.grouped, count = units is not None, units or 1
+        self.n = torch.zeros((SPLITS, count), dtype=torch.float64)
+        self.a2 = torch.zeros((SPLITS, count, features), dtype=torch.float64, device=device)
         self.a4 = torch.zeros_like(self.a2)
-        self._peak = torch.zeros(shape, dtype=torch.float32, device=device).reshape(-1, features)  # of a²
+        self._peak = torch.zeros((count, features), dtype=torch.float32, device=device)  # of a²
+        self._into = [
+            [(self.a2[s, u], self.a4[s, u], self._peak[u]) for u in range(count)] for s in range(SPLITS)
+        ]  # views, taken once
         # One part of the rows per thread, in every pass: torch gives each thread the same rows when it squares and, in
         # batched sums, when it adds; a sum over all rows at once would split columns instead, and move the block
         # between cores twice.
         self._parts = torch.get_num_threads() if self.a2.device.type == "cpu" else 1
-        rows = max(1, _BLOCK_VALUES // features) * self._parts
-        self._wide = torch.empty((rows, features), dtype=torch.float32, device=device)
+        flat = make_scratch(device) if scratch is None else scratch
+        rows = max(1, flat.numel() // (features * self._parts)) * self._parts
+        if rows * features > flat.numel():
+            flat = torch.empty(rows * features, dtype=torch.float32, device=device)
+        self._wide = flat[: rows * features].view(rows, features)
         self._ones = torch.ones((self._parts, 1, rows // self._parts), dtype=torch.float32, device=device)
 
     def add(self, a: torch.Tensor, split: int, unit: int = 0) -> None:
         """Rows a [T, F] of one split."""
-        a2, a4, peak = self.a2[split, unit], self.a4[split, unit], self._peak[unit]
-        for block in a.split(len(self._wide)):
+        a2, a4, peak = self._into[split][unit]
+        for block in a.split(len(self._wide)) if len(a) > len(self._wide) else (a,):
             each = -(-len(block) // self._parts)
             flat = self._wide[: each * self._parts]
-            flat[: len(block)].copy_(block)
-            flat[len(block) :].zero_()
+            if len(block) == len(flat):
+                flat.copy_(block)
+            else:
+                flat[: len(block)].copy_(block)
+                flat[len(block) :].zero_()
             flat.mul_(flat)
             parts, ones = flat.view(self._parts, each, -1), self._ones[:, :, :each]
             torch.maximum(peak, parts.amax(1).amax(0), out=peak)

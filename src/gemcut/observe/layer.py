@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from gemcut.observe.batches import Batch, Layout, strided
-from gemcut.observe.columns import ColumnSums
+from gemcut.observe.columns import ColumnSums, make_scratch
 from gemcut.observe.faults import refuse
 from gemcut.observe.gram import GramSum
 from gemcut.observe.near import NearSums
@@ -39,6 +39,7 @@ class LayerObserver:
         self._live: torch.Tensor | None = None
         self._handles: list[Any] = []
         self._columns: dict[str, ColumnSums] = {}
+        self._scratch = make_scratch(device)
         self._last: tuple[str, Callable[[], object]] | None = None
         parts = dict(module.named_modules())
         self._linears = {
@@ -54,8 +55,9 @@ class LayerObserver:
             self._make_expert_sums(parts[EXPERTS], parts[ROUTER], settings)
 
     def _make_expert_sums(self, experts: Any, router: Any, settings: ObserveSettings) -> None:
-        count, inner = int(experts.num_experts), int(experts.intermediate_dim)
-        self._routed = RoutedSums(self.layout, count, int(experts.hidden_dim), inner, self.device, self._refuse_expert)
+        count = int(experts.num_experts)
+        widths = (count, int(experts.hidden_dim), int(experts.intermediate_dim))
+        self._routed = RoutedSums(self.layout, widths, self.device, self._scratch, self._refuse_expert)
         tokens = self.layout.tokens
         chosen = np.zeros(tokens, np.bool_)
         rng = np.random.default_rng(settings.seed)
@@ -117,7 +119,7 @@ class LayerObserver:
                 return
             self._last = (name, weakref.ref(x))
             if name not in self._columns:
-                self._columns[name] = ColumnSums(x.shape[-1], device=self.device)
+                self._columns[name] = ColumnSums(x.shape[-1], device=self.device, scratch=self._scratch)
             self._columns[name].add(self._real(x), self._batch.split)
 
         return hook

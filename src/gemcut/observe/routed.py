@@ -29,16 +29,23 @@ class RoutedSums:
     """
 
     def __init__(
-        self, layout: Layout, experts: int, hidden: int, inner: int, device: torch.device, refuse: Refuse
+        self,
+        layout: Layout,
+        widths: tuple[int, int, int],
+        device: torch.device,
+        scratch: torch.Tensor,
+        refuse: Refuse,
     ) -> None:
+        """widths: (E, H, I)."""
+        experts, hidden, inner = widths
         self.layout, self.experts = layout, experts
         self._refuse = refuse
         classes, questions = len(layout.corpus.classes), len(layout.corpus.items)
         self.by_class: dict[str, F64] = {name: np.zeros((classes, experts)) for name in EXPERT_SUMS}
         self.f_max: F64 = np.zeros((classes, experts))
         self.by_question: dict[str, F32] = {name: np.zeros((questions, experts), np.float32) for name in QUESTION_SUMS}
-        self.gate_up = ColumnSums(hidden, experts, device)
-        self.down = ColumnSums(inner, experts, device)
+        self.gate_up = ColumnSums(hidden, experts, device, scratch)
+        self.down = ColumnSums(inner, experts, device, scratch)
         self._batch: Batch | None = None
         self._residual = self._sizes = self._peaks = torch.empty(0)
         self._pairs: tuple[NDArray[np.int64], NDArray[np.int64], F64] | None = None
@@ -59,12 +66,20 @@ class RoutedSums:
         self._peaks = torch.empty_like(self._sizes)
         self._pairs = (token.cpu().numpy(), expert.cpu().numpy(), gate.double().cpu().numpy())
 
-    def expert(self, expert: int, rows: slice, inputs: torch.Tensor, inner: torch.Tensor, output: torch.Tensor) -> None:
+    def inputs(self, expert: int, rows: slice, x: torch.Tensor) -> None:
+        del rows
         assert self._batch is not None
-        torch.linalg.vector_norm(output, dim=-1, out=self._sizes[rows])
-        self._peaks[rows] = torch.maximum(output.amax(-1), -output.amin(-1))
-        self.gate_up.add(inputs, self._batch.split, expert)
-        self.down.add(inner, self._batch.split, expert)
+        self.gate_up.add(x, self._batch.split, expert)
+
+    def inner(self, expert: int, rows: slice, h: torch.Tensor) -> None:
+        del rows
+        assert self._batch is not None
+        self.down.add(h, self._batch.split, expert)
+
+    def outputs(self, expert: int, rows: slice, f: torch.Tensor) -> None:
+        del expert
+        torch.linalg.vector_norm(f, dim=-1, out=self._sizes[rows])
+        self._peaks[rows] = torch.maximum(f.amax(-1), -f.amin(-1))
 
     def end(self, combined: torch.Tensor) -> None:
         assert self._batch is not None

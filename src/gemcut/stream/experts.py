@@ -26,11 +26,17 @@ class ExpertRecorder(Protocol):
     def begin(self, inputs: torch.Tensor, token: torch.Tensor, expert: torch.Tensor, gate: torch.Tensor) -> None:
         """inputs [T, H]; per pair, sorted by expert: token [P], expert [P], final top-k weight gate [P]."""
 
-    def expert(self, expert: int, rows: slice, inputs: torch.Tensor, inner: torch.Tensor, output: torch.Tensor) -> None:
-        """One expert: its `rows` of the P pairs; inputs [n, H], inner (input of down_proj) [n, I], output [n, H].
+    # Three calls for each expert with routed tokens, each at the moment when the rows are fresh in the cache; `rows`
+    # are the expert's pairs, and tensors are only valid during the call.
 
-        The output is float32 (or wider), and only valid during the call.
-        """
+    def inputs(self, expert: int, rows: slice, x: torch.Tensor) -> None:
+        """x [n, H] enters gate_up_proj."""
+
+    def inner(self, expert: int, rows: slice, h: torch.Tensor) -> None:
+        """h [n, I] enters down_proj."""
+
+    def outputs(self, expert: int, rows: slice, f: torch.Tensor) -> None:
+        """f [n, H], unweighted, float32 or wider."""
 
     def end(self, combined: torch.Tensor) -> None:
         """combined [T, H]: the experts' summed output, before any norm."""
@@ -80,11 +86,15 @@ def recording_experts_forward(
         rows = slice(first, first + n)
         first += n
         inputs = hidden_states[token[rows]]
+        if recorder is not None:
+            recorder.inputs(e, rows, inputs)
         inner = self._apply_gate(nn.functional.linear(inputs, gate_up[e]))
+        if recorder is not None:
+            recorder.inner(e, rows, inner)
         # eager's `output * gate` widens to the gate's float32 as well: done before, so that a recorder needs no copy
         output = nn.functional.linear(inner, down[e]).to(wide)
         if recorder is not None:
-            recorder.expert(e, rows, inputs, inner, output)
+            recorder.outputs(e, rows, output)
         output.mul_(gate[rows, None])
         combined.index_add_(0, token[rows], output.to(combined.dtype))
     if recorder is not None:
