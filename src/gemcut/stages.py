@@ -59,7 +59,9 @@ def observe(
 ) -> Path:
     """The streamed pass; goes on where a killed one stopped."""
     from gemcut.observe.run import observe as room
+    from gemcut.stream.devices import use_free_cores
 
+    use_free_cores()
     room(base, corpus, out, settings=observe_settings(words), force=force, progress=progress)
     return out
 
@@ -307,7 +309,9 @@ def kld(
 ) -> dict[str, KldResult]:
     """All candidates against one pass of the base; kept as one JSON per candidate."""
     from gemcut.evaluate.kld import kld as measure
+    from gemcut.stream.devices import use_free_cores
 
+    use_free_cores()
     models = [open_checkpoint(path, name) for name, path in candidates.items()]
     results = measure(
         base,

@@ -249,8 +249,10 @@ def test_a_kill_at_any_moment_leaves_the_old_state_or_the_new(tmp_path: Path) ->
     wanted = state(tmp_path / "whole")
     out = tmp_path / "out"
     rng = random.Random(1)
-    landed = 0
-    for attempt in range(50):
+    landed = attempt = 0
+    while landed < 50:
+        attempt += 1
+        assert attempt < 250, "the kills come too late"
         force = attempt % 2 == 1
         if force:  # an older output of the user's that must survive whole
             out.mkdir(exist_ok=True)
@@ -264,7 +266,10 @@ def test_a_kill_at_any_moment_leaves_the_old_state_or_the_new(tmp_path: Path) ->
         process = start(base.path, tmp_path / "plan.json", out, "force" if force else "new")
         time.sleep(rng.uniform(0, seconds * 1.1))
         os.kill(process.pid, signal.SIGKILL)
-        landed += process.wait() == -signal.SIGKILL
+        if process.wait() == -signal.SIGKILL:
+            landed += 1
+        else:
+            seconds *= 0.8  # it was through before: the machine has become faster than when it was timed
         assert process.stdout is not None
         process.stdout.close()
         if out.exists():
@@ -273,7 +278,6 @@ def test_a_kill_at_any_moment_leaves_the_old_state_or_the_new(tmp_path: Path) ->
         else:
             assert not force, f"attempt {attempt}: neither the old folder nor the new one"
         assert state(base.path) == before
-    assert landed >= 30
     assert start(base.path, tmp_path / "plan.json", out, "force").wait() == 0
     assert state(out) == wanted
     assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "out", "plan.json", "whole"]
