@@ -20,6 +20,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -127,7 +128,7 @@ def measure(folder: Path, layers: int, keep: int, repeats: int) -> dict[str, obj
                     "peak_mib": round(peak / 1024, 1),
                     "load": round(os.getloadavg()[0], 2),
                 }
-                print(row, flush=True)
+                print(row, file=sys.stderr, flush=True)
                 runs.append(row)
                 shutil.rmtree(target)
     base_bytes = tree_bytes(base)
@@ -151,23 +152,25 @@ def measure(folder: Path, layers: int, keep: int, repeats: int) -> dict[str, obj
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, required=True, help="scratch folder on the disk to measure; removed")
-    parser.add_argument("--layers", type=int, default=5)
+    parser.add_argument("--folder", type=Path, help="scratch folder on the disk to measure; removed")
+    parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--keep", type=int, default=98)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
-    args.folder.mkdir(parents=True)
+    folder = args.folder or Path(tempfile.mkdtemp(dir=".", prefix="bench-cut-"))
+    folder.mkdir(parents=True, exist_ok=args.folder is None)
     try:
-        result = measure(args.folder, args.layers, args.keep, args.repeats)
+        result = measure(folder, args.layers, args.keep, args.repeats)
     finally:
-        shutil.rmtree(args.folder)
+        shutil.rmtree(folder)
+    if args.json:
+        print(json.dumps(result, indent=2, ensure_ascii=False))
+        return
     print(f"\n{result['in_bytes'] / 1e9:.2f} GB → {result['out_bytes'] / 1e9:.2f} GB, peak {result['peak_mib']} MiB")
     print(f"{'cache':6} {'cp s':>8} {'cut s':>8} {'cut/cp speed':>13} (medians of {args.repeats})")
     for cache, row in result["summary"].items():
         print(f"{cache:6} {row['cp_seconds']:8.2f} {row['cut_seconds']:8.2f} {row['cut_speed_of_cp']:13.2f}")
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n")
 
 
 if __name__ == "__main__":
