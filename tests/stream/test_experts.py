@@ -11,7 +11,7 @@ from transformers import Gemma4TextConfig
 from transformers.models.gemma4.modeling_gemma4 import Gemma4TextExperts
 
 from gemcut.errors import UsageError
-from gemcut.stream.experts import RECORDING, attach, register
+from gemcut.stream.experts import RECORDING, attach, register, rounded
 
 
 class Recorder:
@@ -95,6 +95,12 @@ def test_padding_runs_through_no_expert() -> None:
     assert recorder.told[1].max() == 5
     assert not out[6:].any()
     torch.testing.assert_close(out[:6], whole[:6])
+
+
+def test_row_counts_come_from_a_short_list() -> None:
+    sizes = {rounded(n) for n in range(1, 4097)}
+    assert len(sizes) < 64
+    assert all(n <= rounded(n) <= max(n + 15, n * 9 / 8 + 1) for n in range(1, 9000))
 
 
 def test_other_forms_of_experts_are_refused() -> None:
