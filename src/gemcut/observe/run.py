@@ -23,7 +23,6 @@ from pathlib import Path
 from gemcut.checkpoint.read import Checkpoint
 from gemcut.observe.batches import Layout, lay_out
 from gemcut.observe.folder import (
-    PROGRESS_FILE,
     REQUEST_FILE,
     Finished,
     finished,
@@ -79,8 +78,10 @@ def observe(
         done = left_behind(out.with_name(out.name + PARTIAL), digest, force=force)
         with atomic_folder(out, force=force, keep_partial=True) as folder:
             _Pass(model, layout, settings, folder, digest, progress).run(done)
-            for stray in (*folder.glob("hidden-*.bin*"), folder / PROGRESS_FILE):
-                stray.unlink(missing_ok=True)
+            kept = {one.file for one in done.layers}
+            for stray in folder.iterdir():  # hidden states, and what killed writes left, safetensors' own among them
+                if stray.name not in kept:
+                    stray.unlink()
             write_json(folder / REQUEST_FILE, {"schema": 1, "fingerprint": digest, **request, "aliases": done.aliases})
             save_statistics_index(folder, meta_of(checkpoint, corpus, model.dtype_name), done.layers)
     return out
