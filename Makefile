@@ -24,7 +24,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	touch $@ && echo "== ready after $$(( $$(date +%s) - start )) s"
 
 demo: $(VENV)/.ready
-	@echo "== gemcut demo: two to six minutes on two cores; the report lands in runs/demo-moe/report/index.html"
+	@echo "== gemcut demo: four to seven minutes on two cores; the report lands in runs/demo-moe/report/index.html"
 	@start=$$(date +%s); $(BIN)/gemcut demo && echo "== demo done after $$(( $$(date +%s) - start )) s"
 
 test: $(VENV)/.ready
