@@ -84,7 +84,7 @@ def memory_rows(r: dict[str, Any]) -> list[Row]:
 def mask_rows(r: dict[str, Any]) -> list[Row]:
     n = f"n = {r['tokens']} tokens of {r['items']} items, demo MoE, {r['dtype']}, stock transformers; a softmax adds "
     n += "32 terms in another order than 16 (0.0 in the contract tests, 8 → 6 experts)"
-    return [("drop against router-masked base", "max |Δlogit| = 0.0", f"{r['max_abs_logit_difference']}; {n}")]
+    return [("drop against router-masked base", "max \\|Δlogit\\| = 0.0", f"{r['max_abs_logit_difference']}; {n}")]
 
 
 BENCHES: dict[str, tuple[list[str], Callable[[dict[str, Any]], list[Row]]]] = {
