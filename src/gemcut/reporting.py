@@ -10,8 +10,7 @@ import numpy as np
 import yaml
 
 from gemcut import machine, records
-from gemcut.checkpoint.read import Checkpoint
-from gemcut.families.base import COMPONENTS
+from gemcut.checkpoint import Checkpoint, inspect
 from gemcut.recipe import Recipe, resolved, shipped
 from gemcut.report import Check, CriterionNote, KldEntry, ModelFacts, ReportData, StageTime, write_report
 from gemcut.score import CRITERIA
@@ -32,31 +31,24 @@ class Planned:
 
 def model_facts(checkpoint: Checkpoint) -> ModelFacts:
     """What the headers say of one checkpoint, for people."""
-    sizes = dict.fromkeys(COMPONENTS, 0)
-    parameters = routed = 0
-    for ref in checkpoint.tensors.values():
-        part = checkpoint.family.component(ref.name)
-        sizes[part] += ref.size_bytes
-        parameters += ref.elements
-        routed += ref.elements if part == "experts" else 0
+    found = inspect(checkpoint)
+    routed = sum(part.parameters for part in found.components if part.name == "experts")
     units = next((site.units for site in checkpoint.sites if site.kind == "experts"), None)
-    top_k = checkpoint.family.top_k(checkpoint.text_config)
-    largest = max(checkpoint.tensors.values(), key=lambda ref: ref.size_bytes)
+    top_k = found.experts_per_token
     card = _card_facts(checkpoint.path)
     hub = checkpoint.name if "/" in checkpoint.name else None
-    architectures = checkpoint.config.get("architectures")
     return ModelFacts(
         name=checkpoint.name,
-        architecture=str(architectures[0]) if isinstance(architectures, list) and architectures else "",
-        dtype=largest.dtype,
-        parameters=parameters,
-        size_bytes=checkpoint.size_bytes,
-        components={name: size for name, size in sizes.items() if size},
-        layers=len({site.layer for site in checkpoint.sites}),
+        architecture=found.architecture,
+        dtype=next(iter(found.bytes_by_dtype)),
+        parameters=found.parameters,
+        size_bytes=found.size_bytes,
+        components={part.name: part.size_bytes for part in found.components},
+        layers=found.layers,
         fingerprint=checkpoint.fingerprint,
         units=units,
         top_k=top_k or None,
-        active_parameters=parameters - routed + routed * top_k // units if units else parameters,
+        active_parameters=found.parameters - routed + (routed * top_k // units if units else 0),
         hub_id=hub.partition("@")[0] if hub else None,
         licence=card.get("licence"),
         pipeline_tag=card.get("pipeline_tag"),
