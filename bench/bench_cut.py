@@ -4,7 +4,8 @@
 
 Both sides are timed to durability: `cp` followed by fsync of every file, the cut with its own fsyncs, its hashes of
 every tensor before and after, SHA256SUMS and manifest. Runs alternate; each repetition is done once with the source
-dropped from the page cache (cold) and once with it just read (warm). Peak memory is VmHWM of the cutting process.
+dropped from the page cache (cold) and once with it just read (warm), with free memory touched beforehand. Peak memory
+is VmHWM of the cutting process.
 The scratch folder needs about 3.5 times the size of the checkpoint and is removed afterwards.
 """
 
@@ -23,6 +24,8 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+
+import psutil
 
 import synthetic
 from gemcut.checkpoint import open_checkpoint
@@ -60,6 +63,16 @@ def warm(folder: Path) -> None:
         with open(path, "rb", buffering=0) as f:
             while f.read(8 << 20):
                 pass
+
+
+def hold_memory(size_bytes: int) -> None:
+    """Touch memory and let it go. A virtual machine may have given free memory back to its host, and getting it
+    again takes longer than copying into it; which of the two runs pays for that would be chance."""
+    code = (
+        "import mmap, sys; m = mmap.mmap(-1, int(sys.argv[1])); [m.__setitem__(i, 1) for i in range(0, len(m), 4096)]"
+    )
+    free = psutil.virtual_memory().available - (2 << 30)
+    subprocess.run([sys.executable, "-c", code, str(min(size_bytes, free))], check=True)
 
 
 def time_cp(source: Path, target: Path) -> float:
@@ -114,6 +127,7 @@ def measure(folder: Path, layers: int, keep: int, repeats: int) -> dict[str, obj
             for kind in ("cp", "cut") if repeat % 2 == 0 else ("cut", "cp"):
                 source = reference if kind == "cp" else base
                 (cool if cache == "cold" else warm)(source)
+                hold_memory(2 * out_bytes + (1 << 30))
                 if kind == "cp":
                     seconds, peak = time_cp(source, target), 0
                 else:

@@ -261,6 +261,7 @@ class TensorFact:
 
     relative_change: ‖after − before‖ / ‖before‖ where shapes agree; None where they do not.
     index: the positions of `axis` that were kept (take) or zeroed (mask).
+    blake3_before, blake3_after: BLAKE3 of the tensor's bytes in hex; files are recorded with sha256.
     """
 
     name: str
@@ -268,8 +269,8 @@ class TensorFact:
     dtype: str
     shape_before: tuple[int, ...] | None
     shape_after: tuple[int, ...] | None
-    sha256_before: str | None
-    sha256_after: str | None
+    blake3_before: str | None
+    blake3_after: str | None
     axis: int | None = None
     index: tuple[int, ...] | None = None
     relative_change: float | None = None

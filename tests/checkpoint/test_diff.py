@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+from blake3 import blake3
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
@@ -51,7 +51,7 @@ def test_same_though_the_files_differ(tmp_path: Path) -> None:
     (tmp_path / "b" / "config.json").write_text("{}")
     manifest = diff(a, open_checkpoint(tmp_path / "b", any_architecture=True))
     assert [fact.found for fact in manifest.tensors] == ["same", "same"]
-    assert manifest.tensors[0].sha256_before == hashlib.sha256(x.tobytes()).hexdigest()
+    assert manifest.tensors[0].blake3_before == blake3(x.tobytes()).hexdigest()
     assert set(manifest.files) == {"1.safetensors", "2.safetensors", "config.json", "model.safetensors.index.json"}
 
 
@@ -88,7 +88,7 @@ def test_a_take_with_one_changed_value_is_not_a_take(tmp_path: Path) -> None:
     y[1, 20, 7] ^= 1
     fact = one(tmp_path, x, y)
     assert fact.found == "reshaped"
-    assert fact.sha256_after == hashlib.sha256(y.tobytes()).hexdigest()
+    assert fact.blake3_after == blake3(y.tobytes()).hexdigest()
     assert fact.relative_change is None
 
 
@@ -118,7 +118,7 @@ def test_values_mask_added_removed_dtype(tmp_path: Path) -> None:
     )
     assert facts["d"].relative_change == pytest.approx(0, abs=1e-3)
     assert facts["gone"].shape_after is None
-    assert facts["new"].sha256_before is None
+    assert facts["new"].blake3_before is None
     assert manifest.size_bytes_before == a.size_bytes
     assert manifest.size_bytes_after == b.size_bytes
     assert manifest.base_fingerprint == a.fingerprint

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gemcut.checkpoint import gather
-from gemcut.checkpoint.gather import check_edits, edited, is_identity, new_buffer, pieces, runs_of, span
+from gemcut.checkpoint.gather import check_edits, edited, is_identity, new_buffer, pieces, pieces_seen, runs_of, span
 from gemcut.errors import CheckpointError, UsageError
 from gemcut.types import Edit, Mask, Omit, Rename, Replace, Take, TensorRef
 
@@ -35,6 +35,18 @@ def result(tmp: Path, array: np.ndarray, dtype: str, edit: Edit | None, offset: 
         return b"".join(bytes(piece) for piece in pieces(fd, ref, edit, new_buffer()))
     finally:
         os.close(fd)
+
+
+def result_seen(tmp: Path, array: np.ndarray, dtype: str, edit: Take | None) -> tuple[bytes, bytes]:
+    """What was shown and what was given, of the file that `result` wrote."""
+    ref = TensorRef("t", dtype, array.shape, "file", 3, 3 + array.nbytes)
+    fd = os.open(tmp / "file", os.O_RDONLY)
+    seen = bytearray()
+    try:
+        given = b"".join(bytes(piece) for piece in pieces_seen(fd, ref, edit, new_buffer(), seen.extend))
+    finally:
+        os.close(fd)
+    return bytes(seen), given
 
 
 @st.composite
@@ -64,7 +76,11 @@ def test_take_is_numpy_take(
         patch.setattr(gather, "PIECE_BYTES", limits[0])
         patch.setattr(gather, "_LONG_RUN_BYTES", limits[1])
         got = result(own_folder(tmp_path_factory), array, dtype, Take(axis, index))
-    assert got == np.take(array, index, axis).tobytes()
+        assert got == np.take(array, index, axis).tobytes()
+        for edit in (Take(axis, index), None):
+            seen, given = result_seen(own_folder(tmp_path_factory), array, dtype, edit)
+            assert seen == array.tobytes()
+            assert given == (got if edit is not None else seen)
 
 
 @pytest.mark.parametrize("limits", LIMITS)

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from blake3 import blake3
 
+from gemcut.checkpoint import ledger as ledger_module
 from gemcut.checkpoint.compare import Stored
 from gemcut.checkpoint.ledger import Ledger, RunningHash
 from gemcut.errors import CheckpointError
@@ -35,6 +37,32 @@ def test_a_growing_file_is_hashed_in_order_from_any_thread(tmp_path: Path) -> No
             ledger.hash_file(path, "f", at // 2)  # a late caller with an old length
         _, files = ledger.finish()
     assert files == {"f": hashlib.sha256(data).hexdigest()}
+
+
+@pytest.mark.parametrize("sizes", [[5], [0, 3, 0, 0], [4 << 20, 0, 7, (1 << 20) + 1, 0]])
+def test_tensors_are_hashed_in_the_same_read(tmp_path: Path, sizes: list[int]) -> None:
+    data = random.Random(2).randbytes(11 + sum(sizes))
+    (tmp_path / "f").write_bytes(data)
+    stops = [11 + sum(sizes[: k + 1]) for k in range(len(sizes))]
+    refs = [TensorRef(str(k), "U8", (n,), "f", stops[k] - n, stops[k]) for k, n in enumerate(sizes)]
+    with Ledger(threads=3) as ledger:
+        for to in (4, 11, 12, len(data) // 3, len(data)):
+            ledger.hash_file(tmp_path / "f", "f", to, refs)
+        _, files = ledger.finish()
+    assert files == {"f": hashlib.sha256(data).hexdigest()}
+    for ref in refs:
+        assert ledger.tensor_hash("f", ref.name) == blake3(data[ref.start : ref.stop]).hexdigest()
+
+
+def test_a_writer_does_not_run_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ledger_module, "_MAX_PENDING_BYTES", 1 << 20)
+    (tmp_path / "f").write_bytes(bytes(64 << 20))
+    with Ledger(threads=1) as ledger:
+        ledger.hash_file(tmp_path / "f", "f", 64 << 20)
+        running = ledger._files["f"]
+        ledger.hash_file(tmp_path / "f", "f", 64 << 20)
+        assert running.behind_bytes <= 1 << 20
+        ledger.finish()
 
 
 def test_advance_from_many_threads_at_once(tmp_path: Path) -> None:

@@ -9,13 +9,21 @@ import pytest
 
 from gemcut.errors import CheckpointError, QualityError, UsageError
 from gemcut.records import load_kld, load_manifest, load_scores, save_kld, save_manifest, save_scores
+from gemcut.records.results import MANIFEST_SCHEMA
 from gemcut.types import Estimate, KldResult, KldRow, Manifest, Scores, TensorFact
 
 SHA = "0" * 64
 FACT = TensorFact("experts.down_proj", "take", "BF16", (4, 2), (2, 2), SHA, "1" * 64, 0, (0, 3), None)
 ADDED = TensorFact("extra", "added", "F32", None, (1,), None, "2" * 64)
 MANIFEST = Manifest(
-    1, "base", "new", (FACT, ADDED), {"text_config.num_experts": (4, 2)}, {"sub/model.safetensors": SHA}, 100, 50
+    MANIFEST_SCHEMA,
+    "base",
+    "new",
+    (FACT, ADDED),
+    {"text_config.num_experts": (4, 2)},
+    {"sub/model.safetensors": SHA},
+    100,
+    50,
 )
 E = Estimate(0.1, 0.05, 0.2, 12)
 KLD = KldResult(
@@ -41,12 +49,12 @@ def test_manifest_round_trip(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("keys", "value", "named"),
     [
-        (("schema",), 2, "newer"),
+        (("schema",), 99, "newer"),
         (("tensors", 0, "found"), "eaten", r"tensors\[0\].found"),
         (("tensors", 0, "index"), [3, 0], r"tensors\[0\].index"),
         (("tensors", 0, "index"), None, r"tensors\[0\].index"),
         (("tensors", 0, "shape_after"), [2, -2], r"tensors\[0\].shape_after\[1\]"),
-        (("tensors", 0, "sha256_before"), "abc", "sha256_before"),
+        (("tensors", 0, "blake3_before"), "abc", "blake3_before"),
         (("tensors", 1, "name"), "experts.down_proj", "second time"),
         (("tensors", 0, "relative_change"), float("inf"), "relative_change"),
         (("config_changes", "x"), [1], "config_changes.x"),

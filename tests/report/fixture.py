@@ -7,6 +7,7 @@ import hashlib
 
 import numpy as np
 
+from gemcut.records.results import MANIFEST_SCHEMA
 from gemcut.report import Check, CriterionNote, KldEntry, ModelFacts, ReportData, StageTime
 from gemcut.types import (
     EXPERT_MAXIMA,
@@ -201,8 +202,8 @@ def manifest(plan: Plan) -> Manifest:
         )
     }  # fmt: skip
     return Manifest(
-        1, sha("base"), sha("candidate"), tuple(facts), {"text_config.num_experts": (32, 24)}, files, BASE.size_bytes,
-        CANDIDATE.size_bytes,
+        MANIFEST_SCHEMA, sha("base"), sha("candidate"), tuple(facts), {"text_config.num_experts": (32, 24)}, files,
+        BASE.size_bytes, CANDIDATE.size_bytes,
     )  # fmt: skip
 
 

@@ -200,9 +200,9 @@ def test_golden(tmp_path: Path) -> None:
 
 
 GOLDEN = {
-    "SHA256SUMS": "7e0ab0a25468a71a",
+    "SHA256SUMS": "55a65b09fd61307d",
     "config.json": "c2f013fe0d453b3c",
-    "manifest.json": "7ead0711636c2478",
+    "manifest.json": "c88264ae87b901a9",
     "model.safetensors": "f1cf5481eacbf879",
 }
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -10,9 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from blake3 import blake3
 
 from gemcut.checkpoint.gather import PIECE_BYTES, AxisView, new_buffer, pieces, read_exact, span
 from gemcut.checkpoint.values import Tick, relative_change, zeroed
+from gemcut.errors import CheckpointError
 from gemcut.types import Edit, Found, Mask, Take, TensorFact, TensorRef
 
 _SIGNATURE_ROWS = 16
@@ -70,6 +71,30 @@ def tensor_fact(before: Stored | None, after: Stored | None, hint: Edit | None, 
         return _fact(old, new, "reshaped", old_hash, _hash(new_fd, new, tick))
 
 
+def gathered_fact(old: TensorRef, new: TensorRef, edit: Take | None, before: str, meant: str, after: str) -> TensorFact:
+    """The fact about a tensor that was gathered from its base while both were hashed, then read back.
+
+    Args:
+        before: BLAKE3 of the base's tensor.
+        meant: BLAKE3 of the bytes that the edit takes from it.
+        after: BLAKE3 of what was read back from the new file.
+
+    Raises:
+        CheckpointError: the file does not hold what was written to it.
+    """
+    if after != meant:
+        raise CheckpointError(
+            "what was written does not read back",
+            where=f"{new.name} in {new.shard}",
+            got=f"blake3 {after[:12]}…",
+            wanted=f"{meant[:12]}…",
+            hint="the disk or the memory of this machine is at fault, or another program wrote to the file",
+        )
+    if edit is None or len(edit.index) == old.shape[edit.axis]:
+        return _fact(old, new, "same", before, after)
+    return _fact(old, new, "take", before, after, axis=edit.axis, index=edit.index)
+
+
 def changes_nothing(before: Stored, edit: Edit) -> bool:
     """The edit would give back the very same bytes: a mask over what is zero already."""
     with ExitStack() as stack:
@@ -94,8 +119,8 @@ def _fact(
         dtype=new.dtype,
         shape_before=old.shape,
         shape_after=new.shape,
-        sha256_before=old_hash,
-        sha256_after=new_hash,
+        blake3_before=old_hash,
+        blake3_after=new_hash,
         axis=axis,
         index=index,
         relative_change=relative,
@@ -121,7 +146,7 @@ def _same_shape(old_fd: int, old: TensorRef, new_fd: int, new: TensorRef, hint: 
 
 
 def _hash(fd: int, ref: TensorRef, tick: Tick) -> str:
-    digest = hashlib.sha256()
+    digest = blake3()
     for piece in span(fd, ref.start, ref.size_bytes, new_buffer()):
         digest.update(piece)
         tick()
@@ -138,7 +163,7 @@ def _hash_pair(old_fd: int, old: TensorRef, new_fd: int, new: TensorRef, tick: T
     """Both hashes; as long as the bytes agree they are hashed once."""
     if old.size_bytes != new.size_bytes:
         return _hash(old_fd, old, tick), _hash(new_fd, new, tick)
-    first = hashlib.sha256()
+    first = blake3()
     second = None
     buffer = new_buffer()
     at = new.start
@@ -157,7 +182,7 @@ def _hash_pair(old_fd: int, old: TensorRef, new_fd: int, new: TensorRef, tick: T
 
 def _explains(old_fd: int, old: TensorRef, edit: Edit, new_fd: int, new: TensorRef, tick: Tick) -> tuple[bool, str]:
     """Whether the edit of `old` gives exactly `new`, and the hash of `new`."""
-    digest = hashlib.sha256()
+    digest = blake3()
     buffer = new_buffer()
     agrees = True
     at = new.start
@@ -211,7 +236,7 @@ def _signatures(fd: int, ref: TensorRef, axis: int) -> list[bytes]:
     rows = sorted({view.outer * k // _SIGNATURE_ROWS for k in range(_SIGNATURE_ROWS)})
     size = min(view.inner, _SIGNATURE_BYTES)
     skip = (view.inner - size) // 2
-    digests = [hashlib.blake2b(digest_size=16) for _ in range(view.positions)]
+    digests = [blake3() for _ in range(view.positions)]
     for o in rows:
         row = ref.start + o * view.positions * view.inner
         if view.inner > 4096:

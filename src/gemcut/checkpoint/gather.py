@@ -10,7 +10,7 @@ import itertools
 import math
 import os
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -171,6 +171,37 @@ def pieces(fd: int, ref: TensorRef, edit: Edit | None, buffer: memoryview) -> It
             yield from span(fd, ref.start, ref.size_bytes, buffer)
 
 
+def pieces_seen(
+    fd: int, ref: TensorRef, edit: Take | None, buffer: memoryview, see: Callable[[memoryview], object]
+) -> Iterator[memoryview]:
+    """`pieces`, while `see` is shown every byte of the tensor as it was, once and in order: one read serves both."""
+    if edit is None:
+        for piece in span(fd, ref.start, ref.size_bytes, buffer):
+            see(piece)
+            yield piece
+        return
+    view, runs = AxisView.of(ref, edit.axis).coarser(runs_of(edit.index))
+    if not _are_long(view, runs):
+        for piece in span(fd, ref.start, ref.size_bytes, buffer):
+            see(piece)
+        yield from pieces(fd, ref, edit, buffer)
+        return
+    for o in range(view.outer):
+        row = ref.start + o * view.positions * view.inner
+        at = 0
+        for a, b in [*runs, (view.positions, view.positions)]:
+            for piece in span(fd, row + at * view.inner, (a - at) * view.inner, buffer):
+                see(piece)
+            for piece in span(fd, row + a * view.inner, (b - a) * view.inner, buffer):
+                see(piece)
+                yield piece
+            at = b
+
+
+def _are_long(view: AxisView, runs: list[tuple[int, int]]) -> bool:
+    return bool(runs) and sum(b - a for a, b in runs) * view.inner >= len(runs) * _LONG_RUN_BYTES
+
+
 def _gather(
     fd: int, start: int, view: AxisView, runs: list[tuple[int, int]], buffer: memoryview, *, zero: bool
 ) -> Iterator[memoryview]:
@@ -178,8 +209,7 @@ def _gather(
     if view.outer * view.positions * view.inner == 0:
         return
     view, runs = view.coarser(runs)
-    touched = sum(b - a for a, b in runs)
-    if runs and touched * view.inner >= len(runs) * _LONG_RUN_BYTES:
+    if _are_long(view, runs):
         yield from _long_runs(fd, start, view, runs, buffer, zero=zero)
         return
     # Short runs: read whole blocks and gather in memory. Here inner < 64 KiB, so a position fits the buffer.

@@ -9,15 +9,19 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
+from collections import deque
+from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from blake3 import blake3
+
 from gemcut.checkpoint.compare import Stored, tensor_fact
 from gemcut.checkpoint.gather import new_buffer, span
 from gemcut.checkpoint.read import Progress
-from gemcut.types import Edit, TensorFact
+from gemcut.types import Edit, TensorFact, TensorRef
 
 _MAX_PENDING_BYTES = 1 << 30  # a writer never runs further ahead than the page cache can hold
 
@@ -27,16 +31,22 @@ class Stopped(Exception):
 
 
 class RunningHash:
-    """sha256 of a file that is still growing: `advance` may be called from any thread, in any order."""
+    """sha256 of a file that is still growing, and BLAKE3 of every tensor in it, from one read of its bytes.
 
-    def __init__(self, path: Path, ledger: Ledger) -> None:
+    `advance` may be called from any thread, in any order.
+    """
+
+    def __init__(self, path: Path, ledger: Ledger, tensors: Sequence[TensorRef] = ()) -> None:
         self._path = path
         self._ledger = ledger
         self._digest = hashlib.sha256()
+        self._left = deque(tensors)  # in the order of their bytes, the first one underway
+        self._part = blake3()
         self._lock = threading.Lock()
         self._busy = False
         self._target = 0
         self._done = 0
+        self.tensors: dict[str, str] = {}  # name → BLAKE3 of those whose bytes were all read
 
     def advance(self, to: int) -> None:
         """Hash up to byte `to`, unless a thread is on its way there already."""
@@ -54,13 +64,32 @@ class RunningHash:
                     if start == stop:
                         self._busy = False
                         return
+                at = start
                 for piece in span(fd, start, stop - start, buffer):
                     self._digest.update(piece)
+                    self._see(at, piece)
+                    at += len(piece)
                     self._ledger.tick()
                 with self._lock:
                     self._done = stop
         finally:
             os.close(fd)
+
+    def _see(self, at: int, piece: memoryview) -> None:
+        end = at + len(piece)
+        while self._left and self._left[0].start <= end:
+            ref = self._left[0]
+            self._part.update(piece[max(ref.start - at, 0) : max(min(ref.stop, end) - at, 0)])
+            if ref.stop > end:
+                return
+            self.tensors[ref.name] = self._part.hexdigest()
+            self._part = blake3()
+            self._left.popleft()
+
+    @property
+    def behind_bytes(self) -> int:
+        """How far reading lags behind what was announced."""
+        return self._target - self._done
 
     def hexdigest(self) -> str:
         """The hash so far. Call it when every `advance` has returned."""
@@ -100,14 +129,25 @@ class Ledger:
         self._facts.append(future)
         self._hold(future, size)
 
-    def hash_file(self, path: Path, name: str, to: int) -> None:
-        """Hash the first `to` bytes of a file that is recorded as `name`; call again as it grows."""
+    def hash_file(self, path: Path, name: str, to: int, tensors: Sequence[TensorRef] = ()) -> None:
+        """Hash the first `to` bytes of a file that is recorded as `name`; call again as it grows.
+
+        Args:
+            tensors: what lies in the file, in the order of its bytes; each gets a hash of its own.
+        """
         running = self._files.get(name)
         if running is None:
-            running = self._files[name] = RunningHash(path, self)
+            running = self._files[name] = RunningHash(path, self, tensors)
         future = self._pool.submit(running.advance, to)
         self._other.append(future)
         self._hold(future, 0)
+        while running.behind_bytes > _MAX_PENDING_BYTES and self._pending:
+            wait(self._pending, timeout=0.05, return_when=FIRST_COMPLETED)
+            self._hold(future, 0)
+
+    def tensor_hash(self, file: str, tensor: str) -> str:
+        """BLAKE3 of a tensor as it was read back. Call it after `finish`."""
+        return self._files[file].tensors[tensor]
 
     def finish(self, progress: Progress | None = None) -> tuple[tuple[TensorFact, ...], dict[str, str]]:
         """Facts in the order they were asked for, and file hashes by sorted name."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+
+from blake3 import blake3
 
 from gemcut.checkpoint.compare import Stored, changes_nothing
 from gemcut.checkpoint.diff import config_changes, diff
@@ -128,7 +129,7 @@ def _agree(old: TensorFact | None, new: TensorFact | None) -> bool:
     """Same facts. Two edits that explain the same bytes (equal experts) agree; rounding of a norm does too."""
     if old is None or new is None:
         return False
-    keys = ("dtype", "shape_before", "shape_after", "sha256_before", "sha256_after", "found", "axis")
+    keys = ("dtype", "shape_before", "shape_after", "blake3_before", "blake3_after", "found", "axis")
     return all(getattr(old, key) == getattr(new, key) for key in keys)
 
 
@@ -136,7 +137,7 @@ def _tell(fact: TensorFact | None) -> str:
     if fact is None:
         return "no such tensor"
     shape = list(fact.shape_after) if fact.shape_after is not None else "gone"
-    return f"{fact.found} {shape} sha256 {(fact.sha256_after or 'none')[:12]}"
+    return f"{fact.found} {shape} blake3 {(fact.blake3_after or 'none')[:12]}"
 
 
 def _check_intent(base: Checkpoint, facts: tuple[TensorFact, ...], edits: Edits, healed: frozenset[str]) -> None:
@@ -182,9 +183,9 @@ def _as_meant(
             return fact.found == "removed"
         case Rename(to=to):
             new = found.get(to)
-            return fact.found == "removed" and new is not None and new.sha256_after == fact.sha256_before
+            return fact.found == "removed" and new is not None and new.blake3_after == fact.blake3_before
         case Replace(values=values):
-            return fact.sha256_after == hashlib.sha256(values).hexdigest()
+            return fact.blake3_after == blake3(values).hexdigest()
         case _:
             return False
 

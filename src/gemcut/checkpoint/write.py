@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from gemcut.checkpoint.compare import Stored
 from gemcut.checkpoint.diff import config_changes, make_manifest
-from gemcut.checkpoint.folder import MANIFEST, SUMS, copy_file, link_file, list_files, size_of, sums_text, write_all
-from gemcut.checkpoint.gather import check_edits, edited, is_identity, new_buffer, pieces
-from gemcut.checkpoint.header import MAX_HEADER_BYTES, Header, lay_out
+from gemcut.checkpoint.folder import MANIFEST, SUMS, copy_file, link_file, list_files, size_of, sums_text
+from gemcut.checkpoint.gather import check_edits, edited, is_identity
+from gemcut.checkpoint.header import MAX_HEADER_BYTES, lay_out
 from gemcut.checkpoint.ledger import Ledger
 from gemcut.checkpoint.read import CONFIG, INDEX, Checkpoint, Progress, open_checkpoint
+from gemcut.checkpoint.transfer import Flusher, Shard, Transfer
 from gemcut.errors import CheckpointError, UsageError
 from gemcut.records import save_manifest
 from gemcut.store import atomic_folder, fsync_folder, need_disk, refuse_existing, sha256_file, write_bytes
@@ -34,14 +33,6 @@ class WriteReport:
     linked: tuple[str, ...]  # shards that share their bytes with the base
     copied: tuple[str, ...]  # shards copied byte for byte
     size_bytes_written: int
-
-
-@dataclass(frozen=True, slots=True)
-class _Shard:
-    name: str
-    sources: tuple[TensorRef, ...]  # tensors that stay, in byte order
-    header: Header | None  # None: the shard is not touched
-    omitted: tuple[TensorRef, ...]
 
 
 def write_checkpoint(
@@ -72,20 +63,18 @@ def write_checkpoint(
     shards = [shard for name in base.shards if (shard := _shard(name, base, edits)).sources]
     others = [f for f in list_files(base.path) if f not in base.shards and f not in (CONFIG, INDEX)]
     link = link and _same_device(base.path, out)
-    written = [shard for shard in shards if shard.header is not None or not link]
-    size_bytes = sum(_size(base, shard) for shard in written)
+    written = [shard for shard in shards if shard.touched or not link]
+    size_bytes = sum(shard.header.size_bytes for shard in written)
     need_disk(out, size_bytes + size_of(base.path, others) + _SPARE_BYTES)
     linked: list[str] = []
-    with atomic_folder(out, force=force) as folder, Ledger() as ledger, _Flusher() as flusher:
-        job = _Job(base, edits, folder, ledger, flusher, progress, size_bytes)
+    with atomic_folder(out, force=force) as folder, Ledger() as ledger, Flusher() as flusher:
+        transfer = Transfer(base, edits, folder, ledger, flusher, progress, size_bytes)
         for shard in shards:
-            if shard.header is not None:
-                job.write(shard)
-            elif link and link_file(base.path / shard.name, folder / shard.name):
+            if not shard.touched and link and link_file(base.path / shard.name, folder / shard.name):
                 linked.append(shard.name)
-                job.compare_untouched(shard)
+                transfer.compare_linked(shard)
             else:
-                job.copy(shard)
+                transfer.write(shard)
         for name in base.shards.keys() - {shard.name for shard in shards}:
             for ref in base.shards[name].tensors:
                 ledger.compare(Stored(base.path / name, ref), None)
@@ -93,7 +82,7 @@ def write_checkpoint(
             copy_file(base.path / name, folder / name)
         _write_config(base, config, folder)
         _write_index(base, shards, folder)
-        manifest = _read_back(base, shards, folder, ledger, progress)
+        manifest = _read_back(base, shards, folder, transfer)
         save_manifest(manifest, folder / MANIFEST)
         sums = {**manifest.files, MANIFEST: sha256_file(folder / MANIFEST)}
         write_bytes(folder / SUMS, sums_text(sums).encode())
@@ -102,10 +91,10 @@ def write_checkpoint(
             fsync_folder(parent)
     return WriteReport(
         manifest=manifest,
-        edited=tuple(shard.name for shard in shards if shard.header is not None),
+        edited=tuple(shard.name for shard in shards if shard.touched),
         linked=tuple(linked),
-        copied=tuple(shard.name for shard in shards if shard.header is None and shard.name not in linked),
-        size_bytes_written=sum(_size(base, shard) for shard in shards if shard.name not in linked),
+        copied=tuple(shard.name for shard in shards if not shard.touched and shard.name not in linked),
+        size_bytes_written=sum(shard.header.size_bytes for shard in shards if shard.name not in linked),
     )
 
 
@@ -126,7 +115,7 @@ def _same_device(base: Path, out: Path) -> bool:
     return base.stat().st_dev == parent.stat().st_dev
 
 
-def _shard(name: str, base: Checkpoint, edits: Edits) -> _Shard:
+def _shard(name: str, base: Checkpoint, edits: Edits) -> Shard:
     header = base.shards[name]
     kept: list[TensorRef] = []
     new: list[TensorRef] = []
@@ -139,115 +128,11 @@ def _shard(name: str, base: Checkpoint, edits: Edits) -> _Shard:
             kept.append(ref)
             new.append(after)
     if all(is_identity(ref, edits.get(ref.name)) for ref in header.tensors):
-        return _Shard(name, header.tensors, None, ())
+        return Shard(name, header.tensors, header, (), touched=False)
     laid = lay_out(name, new, header.metadata)
     if len(laid.raw) > MAX_HEADER_BYTES:
         raise CheckpointError("the new header would be too large", where=name, got=f"{len(laid.raw)} bytes")
-    return _Shard(name, tuple(kept), laid, tuple(omitted))
-
-
-def _size(base: Checkpoint, shard: _Shard) -> int:
-    return (shard.header or base.shards[shard.name]).size_bytes
-
-
-class _Flusher:
-    """fsyncs finished shards in the background, so that the disk works while the next shard is gathered."""
-
-    def __init__(self) -> None:
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="flush")
-        self._waiting: list[Future[None]] = []
-
-    def __enter__(self) -> _Flusher:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._pool.shutdown(wait=True)
-
-    def add(self, fd: int) -> None:
-        """Take over an open file: fsync it, close it."""
-        self._waiting.append(self._pool.submit(self._flush, fd))
-
-    def nudge(self, fd: int) -> None:
-        """Start writing out what is there of a file that still grows; skipped while the disk is busy anyway."""
-        if not self._waiting or self._waiting[-1].done():
-            self._waiting.append(self._pool.submit(os.fdatasync, fd))
-
-    def wait(self) -> None:
-        """Return when everything is on the disk."""
-        for future in self._waiting:
-            future.result()
-
-    @staticmethod
-    def _flush(fd: int) -> None:
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-
-
-@dataclass(slots=True)
-class _Job:
-    """One run of the writer: where from, where to, and how far."""
-
-    base: Checkpoint
-    edits: Edits
-    folder: Path
-    ledger: Ledger
-    flusher: _Flusher
-    progress: Progress | None
-    total: int
-    done: int = 0
-
-    def write(self, shard: _Shard) -> None:
-        """Gather one shard's tensors into a new file; threads read back what is written."""
-        assert shard.header is not None
-        source, target = self.base.path / shard.name, self.folder / shard.name
-        buffer = new_buffer()
-        # O_EXCL: a new file, never the inode of a linked one
-        fd_out = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
-        try:
-            fd_in = os.open(source, os.O_RDONLY)
-            try:
-                write_all(fd_out, memoryview(len(shard.header.raw).to_bytes(8, "little") + shard.header.raw))
-                for ref, new in zip(shard.sources, shard.header.tensors, strict=True):
-                    edit = self.edits.get(ref.name)
-                    for piece in pieces(fd_in, ref, edit, buffer):
-                        write_all(fd_out, piece)
-                        self._tick(len(piece), shard.name)
-                        if self.done // _NUDGE_BYTES > (self.done - len(piece)) // _NUDGE_BYTES:
-                            self.flusher.nudge(fd_out)
-                    if new.name == ref.name:
-                        self.ledger.compare(Stored(source, ref), Stored(target, new), edit)
-                    else:
-                        self.ledger.compare(Stored(source, ref), None)
-                        self.ledger.compare(None, Stored(target, new))
-                    self.ledger.hash_file(target, shard.name, new.stop)
-            finally:
-                os.close(fd_in)
-            for ref in shard.omitted:
-                self.ledger.compare(Stored(source, ref), None)
-            self.ledger.hash_file(target, shard.name, shard.header.size_bytes)
-        finally:
-            self.flusher.add(fd_out)  # closes it, after what it is doing with it
-
-    def copy(self, shard: _Shard) -> None:
-        """Copy a shard that no edit touches."""
-        copy_file(self.base.path / shard.name, self.folder / shard.name, sync=False)
-        self._tick(_size(self.base, shard), shard.name)
-        self.flusher.add(os.open(self.folder / shard.name, os.O_RDONLY))
-        self.compare_untouched(shard)
-
-    def compare_untouched(self, shard: _Shard) -> None:
-        """Linked or copied: its bytes are read and hashed all the same."""
-        path = self.folder / shard.name
-        for ref in shard.sources:
-            self.ledger.compare(Stored(self.base.path / shard.name, ref), Stored(path, ref))
-        self.ledger.hash_file(path, shard.name, path.stat().st_size)
-
-    def _tick(self, size: int, label: str) -> None:
-        self.done += size
-        if self.progress is not None:
-            self.progress(min(self.done, self.total), self.total, label)
+    return Shard(name, tuple(kept), laid, tuple(omitted), touched=True)
 
 
 def _write_config(base: Checkpoint, config: Mapping[str, Json], folder: Path) -> None:
@@ -259,15 +144,14 @@ def _write_config(base: Checkpoint, config: Mapping[str, Json], folder: Path) ->
     write_bytes(folder / CONFIG, (text + "\n").encode())
 
 
-def _write_index(base: Checkpoint, shards: list[_Shard], folder: Path) -> None:
+def _write_index(base: Checkpoint, shards: list[Shard], folder: Path) -> None:
     """The index last: same order and metadata keys; total_size and total_parameters follow the tensors."""
     if base.index is None:
         return
     where: dict[str, str] = {}
     size_bytes = elements = 0
     for shard in shards:
-        after = shard.header.tensors if shard.header is not None else shard.sources
-        for ref, new in zip(shard.sources, after, strict=True):
+        for ref, new in zip(shard.sources, shard.header.tensors, strict=True):
             where[ref.name] = new.name
             size_bytes += new.size_bytes
             elements += new.elements
@@ -289,9 +173,7 @@ def _write_index(base: Checkpoint, shards: list[_Shard], folder: Path) -> None:
     write_bytes(folder / INDEX, (json.dumps(index, indent=2, allow_nan=False) + "\n").encode())
 
 
-def _read_back(
-    base: Checkpoint, shards: list[_Shard], folder: Path, ledger: Ledger, progress: Progress | None
-) -> Manifest:
+def _read_back(base: Checkpoint, shards: list[Shard], folder: Path, transfer: Transfer) -> Manifest:
     try:
         _ = base.family
         known = True
@@ -299,12 +181,12 @@ def _read_back(
         known = False
     written = open_checkpoint(folder, base.name, any_architecture=not known)
     for shard in shards:
-        if shard.header is not None and written.shards[shard.name].tensors != shard.header.tensors:
+        if written.shards[shard.name].tensors != shard.header.tensors:
             raise CheckpointError("the written header reads back differently", where=shard.name)
     for name in list_files(folder):
         if name not in written.shards:
-            ledger.hash_file(folder / name, name, (folder / name).stat().st_size)
-    facts, files = ledger.finish(progress)
+            transfer.ledger.hash_file(folder / name, name, (folder / name).stat().st_size)
+    facts, files = transfer.finish()
     order = {name: i for i, name in enumerate(base.tensors)}
     facts = tuple(sorted(facts, key=lambda fact: order.get(fact.name, len(order))))
     return make_manifest(base, written, facts, files)

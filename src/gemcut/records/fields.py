@@ -15,7 +15,7 @@ from gemcut.types import Json
 
 T = TypeVar("T")
 MAX_COUNT = 2**53  # larger integers lose digits in other readers of the same JSON
-_SHA256 = re.compile(r"[0-9a-f]{64}")
+_DIGEST = re.compile(r"[0-9a-f]{64}")
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,200}")
 
 
@@ -92,11 +92,11 @@ class Fields:
             self.refuse(key, value, "a finite number")
         return float(value)
 
-    def sha256(self, key: str) -> str:
-        return self.check_sha256(key, self.raw(key))
+    def digest(self, key: str) -> str:
+        return self.check_digest(key, self.raw(key))
 
-    def check_sha256(self, key: str, value: object) -> str:
-        if not isinstance(value, str) or not _SHA256.fullmatch(value):
+    def check_digest(self, key: str, value: object) -> str:
+        if not isinstance(value, str) or not _DIGEST.fullmatch(value):
             self.refuse(key, value, "64 lower-case hex digits")
         return value
 

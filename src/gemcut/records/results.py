@@ -10,7 +10,7 @@ from gemcut.records.fields import Fields, check_schema, open_record, to_json
 from gemcut.store import write_json
 from gemcut.types import Estimate, Found, Json, KldResult, KldRow, Manifest, TensorFact
 
-MANIFEST_SCHEMA = 1
+MANIFEST_SCHEMA = 2  # 2: tensors are hashed with BLAKE3 instead of SHA-256
 KLD_SCHEMA = 1
 
 
@@ -63,7 +63,7 @@ def _read_files(f: Fields) -> Mapping[str, str]:
         parts = PurePosixPath(name).parts
         if not name.isprintable() or "\\" in name or ":" in name or name.startswith("/") or ".." in parts or not parts:
             f.refuse(name, name, "a file name inside the folder")
-        out[name] = f.sha256(name)
+        out[name] = f.digest(name)
     return out
 
 
@@ -77,8 +77,8 @@ def _read_fact(f: Fields) -> TensorFact:
         dtype=f.text("dtype"),
         shape_before=_optional_counts(f, "shape_before"),
         shape_after=_optional_counts(f, "shape_after"),
-        sha256_before=None if f.raw("sha256_before") is None else f.sha256("sha256_before"),
-        sha256_after=None if f.raw("sha256_after") is None else f.sha256("sha256_after"),
+        blake3_before=None if f.raw("blake3_before") is None else f.digest("blake3_before"),
+        blake3_after=None if f.raw("blake3_after") is None else f.digest("blake3_after"),
         axis=None if f.raw("axis") is None else f.count("axis", 0, 15),
         index=_optional_counts(f, "index"),
         relative_change=None if f.raw("relative_change") is None else f.number("relative_change"),

@@ -71,7 +71,7 @@ def load_scores(folder: Path) -> Scores:
         "protected": ("U8", (len(layers), units)),
         "per_class": ("F64", (len(classes), len(layers), units)),
     }
-    tensors = _read_tensors(folder / _VALUES_FILE, f.sha256("values_sha256"), forms)
+    tensors = _read_tensors(folder / _VALUES_FILE, f.digest("values_sha256"), forms)
     scores = Scores(
         criterion=f.text("criterion", empty=False),
         params=f.mapping("params"),

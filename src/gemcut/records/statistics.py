@@ -94,13 +94,13 @@ def load_statistics_index(folder: Path) -> StatisticsIndex:
             f.refuse("layers", f"a {what} twice", f"every {what} once")
     if missing := sorted(set(meta.layers) - {one.layer for one in layers}):
         f.refuse("layers", f"no file for layer {missing[0]}", "a file for every layer that has experts")
-    index = StatisticsIndex(meta=meta, fingerprint=f.sha256("fingerprint"), layers=layers)
+    index = StatisticsIndex(meta=meta, fingerprint=f.digest("fingerprint"), layers=layers)
     f.done()
     return index
 
 
 def _read_layer_file(f: Fields) -> LayerFile:
-    out = LayerFile(layer=f.count("layer", 0, MAX_LAYERS), file=f.file_name("file"), sha256=f.sha256("sha256"))
+    out = LayerFile(layer=f.count("layer", 0, MAX_LAYERS), file=f.file_name("file"), sha256=f.digest("sha256"))
     f.done()
     return out
 
