@@ -82,8 +82,9 @@ def memory_rows(r: dict[str, Any]) -> list[Row]:
 
 
 def mask_rows(r: dict[str, Any]) -> list[Row]:
-    n = f"n = {r['tokens']} tokens of {r['items']} items, demo MoE, {r['dtype']}, stock transformers; a softmax adds "
-    n += "32 terms in another order than 16 (0.0 in the contract tests, 8 → 6 experts)"
+    n = f"n = {r['tokens']} tokens of {r['items']} items, demo MoE {r['units']} → {r['keep']}, {r['dtype']}, stock "
+    n += f"transformers, kept experts in front in both; {r['as_stored']:.1e} with the base's experts in stored order, "
+    n += "where its softmax adds the same numbers in another order"
     return [("drop against router-masked base", "max \\|Δlogit\\| = 0.0", f"{r['max_abs_logit_difference']}; {n}")]
 
 

@@ -27,6 +27,7 @@ from tiny import make_tiny
 
 KINDS = ["moe", "moe-text"]  # the wrapper and the bare decoder: other names on disk, the same modules
 KEEP = 5
+DEMO_MOE = Path(__file__).parents[2] / "demo" / "moe"
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -105,6 +106,34 @@ def test_dropping_equals_masking_the_router_to_the_bit(base: Checkpoint, the_cut
         dropped = load(out)(input_ids=ids, use_cache=False).logits
     assert (dropped - masked).abs().max().item() == 0.0
     assert (dropped - untouched).abs().max().item() > 1e-3  # the cut is not nothing
+
+
+def test_dropping_equals_masking_in_a_trained_model(tmp_path: Path) -> None:
+    """32 → 16 experts of the demo checkpoint. The base's kept experts are sorted to the front, so that its softmax
+    adds the same numbers in the same order as the cut's."""
+    base = open_checkpoint(DEMO_MOE)
+    plan = a_plan(base, 16)
+    cut(base, plan, tmp_path / "out")
+    whole, dropped = load(base), load(open_checkpoint(tmp_path / "out"))
+    first = {}
+    with torch.no_grad():
+        for layer, module in enumerate(whole.get_decoder().layers):
+            kept = plan.layers[layer].keep
+            order = torch.tensor([*kept, *sorted(set(range(plan.units)) - set(kept))])
+            experts, router = module.experts, module.router
+            for tensor in (
+                experts.gate_up_proj,
+                experts.down_proj,
+                router.proj.weight,
+                router.per_expert_scale,
+            ):
+                tensor.copy_(tensor[order].clone())
+            drop = {unit: "" for unit in range(16, plan.units)}
+            first[layer] = LayerPlan(tuple(range(16)), drop)
+        assert mask_routers(whole, base, Plan("experts", base.fingerprint, plan.units, first)) == len(plan.layers)
+        ids = torch.randint(300, 4000, (2, 200), generator=torch.Generator().manual_seed(0))
+        a, b = (model(input_ids=ids, use_cache=False).logits for model in (whole, dropped))
+    assert (a - b).abs().max().item() == 0.0
 
 
 def test_loads_in_stock_transformers(the_cut: tuple[Checkpoint, Plan]) -> None:
