@@ -128,7 +128,7 @@ def test_dropping_equals_masking_in_a_trained_model(tmp_path: Path) -> None:
                 router.per_expert_scale,
             ):
                 tensor.copy_(tensor[order].clone())
-            drop = {unit: "" for unit in range(16, plan.units)}
+            drop = dict.fromkeys(range(16, plan.units), "")
             first[layer] = LayerPlan(tuple(range(16)), drop)
         assert mask_routers(whole, base, Plan("experts", base.fingerprint, plan.units, first)) == len(plan.layers)
         ids = torch.randint(300, 4000, (2, 200), generator=torch.Generator().manual_seed(0))
