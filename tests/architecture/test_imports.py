@@ -13,15 +13,15 @@ import pytest
 SOURCE = Path(__file__).parents[2] / "src" / "gemcut"
 MODULES = sorted(p for p in SOURCE.rglob("*.py"))
 
-ROOMS = {"observe", "score", "plan", "surgery", "export", "serve", "evaluate", "report", "publish"}
+ROOMS = {"observe", "score", "plan", "surgery", "ablate", "canary", "export", "serve", "evaluate", "report", "publish"}
 GROUND = {"errors", "types", "store", "records", "checkpoint", "families", "ggml", "machine"}
 ABOVE = {"recipe", "models", "pipeline", "stages", "shipped", "reporting", "preflight"}
 LICENSED = {("evaluate", "serve")}
 
 # package → modules (path prefixes below src/gemcut) that may import it at all
 HEAVY = {
-    "torch": ("stream/", "observe/", "surgery/heal", "evaluate/kld", "export/nvfp4"),
-    "transformers": ("stream/", "observe/"),
+    "torch": ("stream/", "observe/", "ablate/", "canary/generate", "surgery/heal", "evaluate/kld", "export/nvfp4"),
+    "transformers": ("stream/", "observe/", "canary/generate"),
     "matplotlib": ("report/figures",),
     "huggingface_hub": ("checkpoint/hub",),
     "rich": ("cli/console",),

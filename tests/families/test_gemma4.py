@@ -51,6 +51,23 @@ def test_sites_fit_the_tensors(tmp_path: Path, kind: str) -> None:
     assert {FAMILY.component(name) for name in checkpoint.tensors} <= set(COMPONENTS) - {"other"}
 
 
+@pytest.mark.parametrize("kind", ["moe", "dense", "moe-text", "dense-text"])
+def test_attention_fits_the_tensors(tmp_path: Path, kind: str) -> None:
+    from gemcut.checkpoint.read import open_checkpoint
+
+    checkpoint = open_checkpoint(make_tiny(tmp_path / kind, kind))
+    hidden = checkpoint.text_config["hidden_size"]
+    for layer in range(6):
+        one = FAMILY.attention(checkpoint.text_config, checkpoint.tensors, layer)
+        assert one.full == (layer == 5)
+        assert checkpoint.tensors[one.q].shape == (one.heads * one.head_dim, hidden)
+        assert checkpoint.tensors[one.k].shape == (one.kv_heads * one.head_dim, hidden)
+        assert checkpoint.tensors[one.o].shape == (hidden, one.heads * one.head_dim)
+        assert one.group * one.kv_heads == one.heads
+        values = [name for name in checkpoint.tensors if f"layers.{layer}.self_attn.v_proj" in name]
+        assert values == ([] if one.v is None else [one.v])
+
+
 def test_head_dim_of_both_config_forms() -> None:
     text = dict(text_config(full_config("dense")))
     assert [head_dim(text, i) for i in (0, 5)] == [16, 32]

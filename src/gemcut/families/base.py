@@ -21,6 +21,28 @@ class Norms:
 
 
 @dataclass(frozen=True, slots=True)
+class Attention:
+    """One layer's attention: query head h reads KV group h // (heads // kv_heads).
+
+    Shapes on disk: q [heads·D, H], k and v [kv_heads·D, H], o [H, heads·D].
+    """
+
+    heads: int
+    kv_heads: int
+    head_dim: int  # D
+    full: bool  # every token sees all before it; False: a sliding window
+    q: str  # tensor names
+    k: str
+    v: str | None  # None: K serves as V
+    o: str
+
+    @property
+    def group(self) -> int:
+        """Query heads that share one key-value head."""
+        return self.heads // self.kv_heads
+
+
+@dataclass(frozen=True, slots=True)
 class Serving:
     """What every server needs to know, said once."""
 
@@ -42,6 +64,7 @@ class Family:
     module_of(site): dotted path of the transformers module (below the decoder layer) that runs the site.
     layer_prefix(names, layer): how this checkpoint's tensor names of a layer begin on disk.
     component(name): which of COMPONENTS a tensor belongs to.
+    attention(text_config, names, layer): head counts and tensor names of one layer's attention.
     norms(prefix): the branch norms of the layer with this prefix.
     text_config(config): the part of config.json with the decoder's numbers.
     renormalises: the router's top-k weights are renormalised, so that dropping equals masking, to the bit.
@@ -54,6 +77,7 @@ class Family:
     module_of: Callable[[Site], str]
     layer_prefix: Callable[[Collection[str], int], str]
     component: Callable[[str], str]
+    attention: Callable[[Mapping[str, Json], Collection[str], int], Attention]
     norms: Callable[[str, bool], Norms]
     text_config: Callable[[Mapping[str, Json]], Mapping[str, Json]]
     top_k: Callable[[Mapping[str, Json]], int]

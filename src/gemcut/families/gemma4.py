@@ -20,7 +20,7 @@ import re
 from collections.abc import Collection, Mapping
 
 from gemcut.errors import CheckpointError, UsageError
-from gemcut.families.base import Family, Norms, Serving
+from gemcut.families.base import Attention, Family, Norms, Serving
 from gemcut.types import Json, Plan, Site, Slice
 
 _LAYER = re.compile(r"^(?P<root>model\.(?:language_model\.)?)layers\.(?P<layer>\d+)\.")
@@ -185,6 +185,43 @@ def component(name: str) -> str:
     return "other"
 
 
+def attention(text: Mapping[str, Json], names: Collection[str], layer: int) -> Attention:
+    """Head counts and tensor names of one layer. Full-attention layers have their own number of KV heads where
+    `attention_k_eq_v` is set, and then no v_proj.
+
+    Raises:
+        CheckpointError: the query heads do not divide among the KV heads.
+    """
+    prefix = layer_prefix(names, layer) + "self_attn."
+    full = layer_types(text)[layer] == "full_attention"
+    k_eq_v = full and bool(text.get("attention_k_eq_v"))
+    heads = _number(text, "num_attention_heads")
+    own = k_eq_v and text.get("num_global_key_value_heads") is not None
+    per_layer = text.get("per_layer_config")
+    entry = per_layer.get(str(layer)) if isinstance(per_layer, dict) else None
+    if isinstance(entry, dict) and "num_key_value_heads" in entry:
+        kv_heads = _number(entry, "num_key_value_heads")
+    else:
+        kv_heads = _number(text, "num_global_key_value_heads" if own else "num_key_value_heads")
+    if heads % kv_heads:
+        raise CheckpointError(
+            "the query heads do not divide among the key-value heads",
+            where=f"config.json, layer {layer}",
+            got=f"{heads} query heads, {kv_heads} KV heads",
+        )
+    v = f"{prefix}v_proj.weight"
+    return Attention(
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim(text, layer),
+        full=full,
+        q=f"{prefix}q_proj.weight",
+        k=f"{prefix}k_proj.weight",
+        v=None if k_eq_v else v,
+        o=f"{prefix}o_proj.weight",
+    )
+
+
 def norms(prefix: str, moe: bool) -> Norms:
     """RMSNorm weights behind the branches of the layer that begins with `prefix`."""
     return Norms(
@@ -202,6 +239,7 @@ FAMILY = Family(
     module_of=module_of,
     layer_prefix=layer_prefix,
     component=component,
+    attention=attention,
     norms=norms,
     text_config=text_config,
     top_k=top_k,
