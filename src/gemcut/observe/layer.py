@@ -13,12 +13,12 @@ from torch import nn
 
 from gemcut.observe.batches import Batch, Layout, strided
 from gemcut.observe.columns import ColumnSums, make_scratch
-from gemcut.observe.faults import refuse
 from gemcut.observe.gram import GramSum
 from gemcut.observe.near import NearSums
 from gemcut.observe.routed import RoutedSums
 from gemcut.observe.settings import ObserveSettings, gram_splits
 from gemcut.stream.experts import attach
+from gemcut.stream.faults import refuse
 
 # Where a decoder layer keeps what is asked (see the family's file).
 ROUTER = "router"

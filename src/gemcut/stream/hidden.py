@@ -130,7 +130,7 @@ def final_hidden(
         work[edges[i] : edges[i + 1]].view(len(b.rows), b.length, model.hidden_size) for i, b in enumerate(batches)
     ]
     for batch, view in zip(batches, views, strict=True):
-        view.copy_(model.embed(_padded_ids(rows, batch)))
+        view.copy_(model.embed(padded_ids(rows, batch)))
     for i in range(model.n_layers):
         with model.layer(i) as layer:
             model.prefetch(i + 1)
@@ -150,7 +150,7 @@ def final_hidden(
     return kept
 
 
-def _padded_ids(rows: Sequence[Row], batch: Batch) -> torch.Tensor:
+def padded_ids(rows: Sequence[Row], batch: Batch) -> torch.Tensor:
     """int64 [B, S]. Padding repeats the item's last token: an ordinary token, which nothing real can see."""
     ids = np.stack([np.pad(rows[r].ids, (0, batch.length - len(rows[r].ids)), mode="edge") for r in batch.rows])
     return torch.from_numpy(ids)

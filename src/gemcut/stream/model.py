@@ -210,8 +210,17 @@ class StreamedModel:
     @torch.no_grad()
     def run_layer(self, layer: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
         """Hidden states [B, S, H] through a layer that `layer(i)` gave, with the arguments the model itself passes."""
+        return self._run(layer, hidden)
+
+    @torch.enable_grad()
+    def run_layer_with_grad(self, layer: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+        """`run_layer`, recorded for autograd. Weights are constants; ask for the gradient before `layer(i)` ends."""
+        return self._run(layer, hidden)
+
+    def _run(self, layer: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
         index = next(i for i, known in enumerate(self._layers) if known is layer)
-        call = self._call_of(hidden.shape[0], hidden.shape[1])[index]
+        with torch.no_grad():  # the arguments are kept for other calls and belong to no graph
+            call = self._call_of(hidden.shape[0], hidden.shape[1])[index]
         # a fresh place for shared KV, so that no batch keeps another's keys and values alive
         kwargs = {key: UserDict() if isinstance(value, UserDict) else value for key, value in call.kwargs.items()}
         out = layer(hidden, *call.args, **kwargs)
@@ -221,6 +230,14 @@ class StreamedModel:
     @torch.no_grad()
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits [..., V] from the last layer's output [..., H]: final norm, head and soft cap of the model itself."""
+        return self._head(hidden)
+
+    @torch.enable_grad()
+    def head_with_grad(self, hidden: torch.Tensor) -> torch.Tensor:
+        """`head`, recorded for autograd. Weights are constants; ask for the gradient before the next `layer`."""
+        return self._head(hidden)
+
+    def _head(self, hidden: torch.Tensor) -> torch.Tensor:
         self._load(self._model.lm_head)
         flat = hidden.reshape(-1, 1, hidden.shape[-1])  # T sequences of one token: no mask to build
         self._taps[-1].__dict__["give"] = flat

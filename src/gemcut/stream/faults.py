@@ -37,5 +37,5 @@ def refuse(module: nn.Module, layer: int, what: str, where: str, prefix: str = "
         where=where,
         got="NaN, infinity or a square beyond float32, with finite weights",
         wanted="a finite number",
-        hint="compute in float32 (`--set observe.dtype=float32`), or leave this item out of the corpus",
+        hint="compute in float32 (dtype: float32), or leave this item out of the corpus",
     )
