@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal, TypeAlias
 
 import numpy as np
@@ -114,9 +115,11 @@ class Mask:
 
 @dataclass(frozen=True, slots=True)
 class Replace:
-    """New bytes for the same shape and dtype (little endian, C order)."""
+    """The bytes of a stored tensor of equal shape and dtype, streamed from its file; `then` is taken from them."""
 
-    values: bytes
+    path: Path
+    ref: TensorRef  # its offsets are those in `path`; its name may differ
+    then: Take | None = None
 
 
 Edit: TypeAlias = Take | Omit | Rename | Mask | Replace

@@ -8,11 +8,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from blake3 import blake3
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gemcut.checkpoint import gather
-from gemcut.checkpoint.gather import check_edits, edited, is_identity, new_buffer, pieces, pieces_seen, runs_of, span
+from gemcut.checkpoint.gather import (
+    check_edits,
+    edited,
+    is_identity,
+    new_buffer,
+    pieces,
+    pieces_seen,
+    replacing_hash,
+    runs_of,
+    span,
+)
 from gemcut.errors import CheckpointError, UsageError
 from gemcut.types import Edit, Mask, Omit, Rename, Replace, Take, TensorRef
 
@@ -123,7 +134,15 @@ def test_other_edits(tmp_path: Path) -> None:
     assert result(tmp_path, array, "BF16", Rename("x")) == array.tobytes()
     assert result(tmp_path, array, "BF16", Mask(0, ())) == array.tobytes()
     assert result(tmp_path, array, "BF16", Omit()) == b""
-    assert result(tmp_path, array, "BF16", Replace(b"x" * 24)) == b"x" * 24
+    other = np.arange(100, 112, dtype="u2")
+    (tmp_path / "other").write_bytes(b"??" + other.tobytes() + b"!")
+    stored = TensorRef("elsewhere", "BF16", (12,), "other", 2, 26)
+    swap = Replace(tmp_path / "other", stored)
+    assert result(tmp_path, array, "BF16", swap) == other.tobytes()
+    assert replacing_hash(swap) == blake3(other.tobytes()).hexdigest()
+    taken = Replace(tmp_path / "other", stored, Take(0, (1, 2, 11)))
+    assert result(tmp_path, array, "BF16", taken) == other[[1, 2, 11]].tobytes()
+    assert edited(TensorRef("t", "BF16", (12,), "s", 0, 24), taken).shape == (3,)  # type: ignore[union-attr]
     assert result(tmp_path, np.zeros((3, 0), "u2"), "BF16", Take(0, (1,))) == b""
 
 
@@ -132,6 +151,15 @@ def test_runs_cover_the_index(index: set[int]) -> None:
     runs = runs_of(sorted(index))
     assert [i for a, b in runs for i in range(a, b)] == sorted(index)
     assert all(b < c for (_, b), (c, _) in itertools.pairwise(runs))
+
+
+def test_a_replacement_that_is_gone_or_short_is_an_error(tmp_path: Path) -> None:
+    swap = Replace(tmp_path / "gone", TensorRef("t", "U8", (4,), "gone", 0, 4))
+    with pytest.raises(CheckpointError, match="cannot read the tensor that replaces another"):
+        replacing_hash(swap)
+    (tmp_path / "gone").write_bytes(b"abc")
+    with pytest.raises(CheckpointError, match="ended before"):
+        replacing_hash(swap)
 
 
 def test_a_file_that_shrank_is_an_error(tmp_path: Path) -> None:
@@ -145,10 +173,14 @@ def test_a_file_that_shrank_is_an_error(tmp_path: Path) -> None:
 REF = TensorRef("t", "BF16", (4, 6), "s", 0, 48)
 
 
+def swap(shape: tuple[int, ...] = (4, 6), dtype: str = "BF16", then: Take | None = None) -> Replace:
+    return Replace(Path("elsewhere"), TensorRef("u", dtype, shape, "elsewhere", 8, 56), then)
+
+
 @pytest.mark.parametrize(
     "edit",
     [Take(2, (0,)), Take(-1, (0,)), Take(0, ()), Take(0, (1, 1)), Take(0, (2, 1)), Take(0, (-1, 0)), Take(1, (5, 6)),
-     Mask(1, (6,)), Mask(0, (3, 2)), Replace(bytes(47))],
+     Mask(1, (6,)), Mask(0, (3, 2)), swap((6, 4)), swap((4, 6, 1)), swap(dtype="F16"), swap(then=Take(1, (6,)))],
 )  # fmt: skip
 def test_edits_that_do_not_fit_are_refused(edit: Edit) -> None:
     with pytest.raises(CheckpointError, match=r"t\b"):
@@ -173,4 +205,5 @@ def test_shape_and_identity() -> None:
     assert is_identity(REF, Take(1, tuple(range(6))))
     assert is_identity(REF, Mask(1, ()))
     assert not is_identity(REF, Take(1, (0,)))
-    assert not is_identity(REF, Replace(bytes(48)))
+    assert not is_identity(REF, swap())
+    check_edits({"t": REF}, {"t": swap(then=Take(1, (0, 5)))})

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import random
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import synthetic
@@ -45,6 +47,20 @@ def written(base: Checkpoint) -> Path:
 @pytest.fixture
 def out(written: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(written, tmp_path / "out"))
+
+
+def stored_elsewhere(path: Path, base: Checkpoint, name: str, values: bytes) -> Replace:
+    """New values for a tensor, in a file of their own behind a few other bytes."""
+    path.write_bytes(b"\xaa" * 5 + values)
+    ref = base.ref(name)
+    return Replace(path, replace(ref, name="another name", shard=path.name, start=5, stop=5 + len(values)))
+
+
+def plainly(base: Checkpoint, folder: Path) -> Checkpoint:
+    """The same tensors in a checkpoint that no family watches over, so that one shape may change alone."""
+    shutil.copytree(base.path, folder)
+    (folder / "config.json").write_text('{"architectures": ["x"]}\n')
+    return open_checkpoint(folder, any_architecture=True)
 
 
 def flip(path: Path, at: int) -> None:
@@ -116,15 +132,33 @@ def test_another_index_than_planned(base: Checkpoint, out: Path) -> None:
 
 def test_healed_tensors_must_have_changed(base: Checkpoint, tmp_path: Path) -> None:
     name = o_proj(4)
-    values = bytes(reversed(base.read(name).tobytes()))
-    write_checkpoint(base, {name: Replace(values)}, base.config, tmp_path / "out")
+    swap = stored_elsewhere(tmp_path / "healed", base, name, bytes(reversed(base.read(name).tobytes())))
+    write_checkpoint(base, {name: swap}, base.config, tmp_path / "out")
     out = open_checkpoint(tmp_path / "out")
     verify(out, base, edits={}, healed=[name])
-    verify(out, base, edits={name: Replace(values)})
+    verify(out, base, edits={name: swap})
     with pytest.raises(CheckpointError, match="touches 2 layers, bytes differ in 1"):
         verify(out, base, edits={}, healed=[name, o_proj(5)])
     with pytest.raises(CheckpointError, match="not as planned"):
-        verify(out, base, edits={name: Replace(bytes(len(values)))})
+        verify(out, base, edits={name: stored_elsewhere(tmp_path / "zeros", base, name, bytes(swap.ref.size_bytes))})
+    with pytest.raises(CheckpointError, match="not as planned"):
+        verify(out, base, edits={name: replace(swap, then=Take(1, (0, 1)))})
+
+
+def test_a_replaced_tensor_may_be_taken_from(base: Checkpoint, tmp_path: Path) -> None:
+    """A healed projection in a cut that drops the columns: config and shape are the cut's own business."""
+    name = o_proj(4)
+    values = bytes(reversed(base.read(name).tobytes()))
+    swap = replace(stored_elsewhere(tmp_path / "healed", base, name, values), then=Take(1, tuple(range(8, 32))))
+    plain = plainly(base, tmp_path / "plain")
+    report = write_checkpoint(plain, {name: swap}, plain.config, tmp_path / "out")
+    fact = next(f for f in report.manifest.tensors if f.name == name)
+    rows, columns = base.ref(name).shape
+    wanted = np.frombuffer(values, np.uint16).reshape(rows, columns)[:, 8:32]
+    assert (fact.found, fact.shape_after) == ("reshaped", (rows, 24))
+    out = open_checkpoint(tmp_path / "out", any_architecture=True)
+    assert out.read(name).tobytes() == wanted.tobytes()
+    verify(out, plain, edits={name: swap}, config=plain.config)
 
 
 def test_a_mask_over_zeros_is_as_meant(base: Checkpoint, tmp_path: Path) -> None:

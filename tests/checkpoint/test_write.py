@@ -20,7 +20,7 @@ from gemcut.checkpoint import open_checkpoint, write_checkpoint
 from gemcut.checkpoint.read import INDEX, SINGLE, Checkpoint
 from gemcut.errors import CheckpointError, MissingError, UsageError
 from gemcut.records import load_manifest
-from gemcut.types import Edit, Mask, Omit, Rename, Replace, Take
+from gemcut.types import Edit, Mask, Omit, Rename, Replace, Take, TensorRef
 from tiny import make_tiny
 
 
@@ -96,9 +96,11 @@ def test_every_edit_against_numpy(tmp_path: Path) -> None:
         for name in ("take", "mask", "omit", "old", "new", "keep")
     }
     base = small(tmp_path / "base", t, {"format": "np", "note": "ü"})
+    ones = tmp_path / "ones"
+    ones.write_bytes(b"1111" + np.ones((4, 6, 5), np.float32).tobytes())
     edits: dict[str, Edit] = {
         "take": Take(1, (0, 2, 5)), "mask": Mask(2, (1, 3)), "omit": Omit(), "old": Rename("renamed"),
-        "new": Replace(np.ones((4, 6, 5), np.float32).tobytes()),
+        "new": Replace(ones, TensorRef("1", "F32", (4, 6, 5), ones.name, 4, 484)),
     }  # fmt: skip
     report = write_checkpoint(base, edits, base.config, tmp_path / "out")
     got = load_file(tmp_path / "out" / SINGLE)

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+from blake3 import blake3
 from numpy.typing import NDArray
 
 from gemcut.errors import CheckpointError, UsageError
@@ -35,13 +36,16 @@ def check_edits(tensors: Mapping[str, TensorRef], edits: Edits) -> None:
             raise CheckpointError("an edit names a tensor that the checkpoint does not have", where=name[:200])
         if isinstance(edit, Take | Mask):
             _check_index(ref, edit)
-        elif isinstance(edit, Replace) and len(edit.values) != ref.size_bytes:
-            raise CheckpointError(
-                "the new values do not fit the tensor",
-                where=name,
-                got=f"{len(edit.values)} bytes",
-                wanted=f"{ref.size_bytes} bytes",
-            )
+        elif isinstance(edit, Replace):
+            if (edit.ref.dtype, edit.ref.shape) != (ref.dtype, ref.shape):
+                raise CheckpointError(
+                    "the tensor that replaces another must have its shape and dtype",
+                    where=name,
+                    got=f"{edit.ref.dtype} {list(edit.ref.shape)}",
+                    wanted=f"{ref.dtype} {list(ref.shape)}",
+                )
+            if edit.then is not None:
+                _check_index(ref, edit.then)
     names = [new.name for ref in tensors.values() if (new := edited(ref, edits.get(ref.name))) is not None]
     if not names:
         raise UsageError("the edits leave no tensor")
@@ -77,6 +81,8 @@ def edited(ref: TensorRef, edit: Edit | None) -> TensorRef | None:
             return replace(ref, name=to)
         case Take(axis=axis, index=index):
             return replace(ref, shape=(*ref.shape[:axis], len(index), *ref.shape[axis + 1 :]))
+        case Replace(then=then):
+            return edited(ref, then)
         case _:
             return ref
 
@@ -159,16 +165,40 @@ def pieces(fd: int, ref: TensorRef, edit: Edit | None, buffer: memoryview) -> It
     match edit:
         case Omit():
             return
-        case Replace(values=values):
-            view = memoryview(values)
-            for at in range(0, len(view), PIECE_BYTES):
-                yield view[at : at + PIECE_BYTES]
+        case Replace():
+            yield from _replacing(edit, buffer)
         case Take(axis=axis, index=index):
             yield from _gather(fd, ref.start, AxisView.of(ref, axis), runs_of(index), buffer, zero=False)
         case Mask(axis=axis, index=index) if index:
             yield from _gather(fd, ref.start, AxisView.of(ref, axis), runs_of(index), buffer, zero=True)
         case _:
             yield from span(fd, ref.start, ref.size_bytes, buffer)
+
+
+def _replacing(edit: Replace, buffer: memoryview) -> Iterator[memoryview]:
+    try:
+        fd = os.open(edit.path, os.O_RDONLY)
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot read the tensor that replaces another: {error.strerror}",
+            where=f"{edit.ref.name} in {edit.path.name}",
+        ) from None
+    try:
+        yield from pieces(fd, edit.ref, edit.then, buffer)
+    finally:
+        os.close(fd)
+
+
+def replacing_hash(edit: Replace) -> str:
+    """BLAKE3, in hex, of the bytes that the edit puts in place.
+
+    Raises:
+        CheckpointError: the file is gone, or shorter than the tensor.
+    """
+    digest = blake3()
+    for piece in _replacing(edit, new_buffer()):
+        digest.update(piece)
+    return digest.hexdigest()
 
 
 def pieces_seen(

@@ -6,12 +6,10 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-from blake3 import blake3
-
 from gemcut.checkpoint.compare import Stored, changes_nothing
 from gemcut.checkpoint.diff import config_changes, diff
 from gemcut.checkpoint.folder import MANIFEST, SUMS, parse_sums
-from gemcut.checkpoint.gather import is_identity
+from gemcut.checkpoint.gather import edited, is_identity, replacing_hash
 from gemcut.checkpoint.read import Checkpoint, Progress
 from gemcut.errors import CheckpointError
 from gemcut.records import load_manifest
@@ -184,8 +182,10 @@ def _as_meant(
         case Rename(to=to):
             new = found.get(to)
             return fact.found == "removed" and new is not None and new.blake3_after == fact.blake3_before
-        case Replace(values=values):
-            return fact.blake3_after == blake3(values).hexdigest()
+        case Replace():
+            after = edited(ref, edit)
+            fits = after is not None and (fact.dtype, fact.shape_after) == (after.dtype, after.shape)
+            return fits and fact.blake3_after == replacing_hash(edit)
         case _:
             return False
 
