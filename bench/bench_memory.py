@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -22,16 +22,27 @@ import synthetic
 from gemcut import shipped
 from gemcut.checkpoint import open_checkpoint
 
+# VmHWM begins anew with a new program; ru_maxrss would count the memory of the process that started it.
+_VERB = """
+import sys
+from gemcut.cli.main import main
+try:
+    main()
+finally:
+    print(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")), file=sys.stderr)
+"""
+
 
 def run(*args: str) -> dict[str, float]:
     """One verb: seconds and peak resident bytes of its process."""
-    command = [sys.executable, "-m", "gemcut.cli.main", *args, "-q"]
     start = time.perf_counter()
-    pid = os.posix_spawn(sys.executable, command, os.environ, file_actions=[(os.POSIX_SPAWN_CLOSE, 1)])
-    _, status, usage = os.wait4(pid, 0)
-    if status != 0:
-        raise SystemExit(f"gemcut {args[0]} ended with status {status}")
-    return {"seconds": round(time.perf_counter() - start, 2), "peak_bytes": usage.ru_maxrss << 10}
+    done = subprocess.run(
+        [sys.executable, "-c", _VERB, *args, "-q"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    seconds = time.perf_counter() - start
+    if done.returncode != 0:
+        raise SystemExit(f"gemcut {args[0]} ended with status {done.returncode}: {done.stderr}")
+    return {"seconds": round(seconds, 2), "peak_bytes": int(done.stderr.rpartition("VmHWM:")[2].split()[0]) << 10}
 
 
 def measure(folder: Path, layers: int, tokens: int) -> dict[str, object]:
