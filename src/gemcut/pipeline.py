@@ -13,129 +13,18 @@ redoes what depends on the change and nothing else. A stage without stage.json i
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
-import json
-import logging
-import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from pathlib import Path
 
-from gemcut import machine, models, stages, store
+from gemcut import models, stages, store
 from gemcut.checkpoint import open_checkpoint
 from gemcut.errors import QualityError, UsageError
 from gemcut.recipe import STAGES, Choice, Measure, Recipe, resolved
-from gemcut.types import Json, KldResult
-
-log = logging.getLogger(__name__)
-
-# Raise a number when the stage's result changes for the same inputs: old folders are then done again.
-VERSIONS: Mapping[str, int] = {"observe": 1, "plan": 1, "cut": 1, "verify": 1, "kld": 1}
+from gemcut.runs import Progress, Run, Stage, Stages, lock
+from gemcut.types import KldResult
 
 STATISTICS = "statistics"  # inside the observe stage's folder
 MODEL = "model"  # inside a cut stage's folder
-
-Progress = Callable[[int, int, str], None]
-
-
-@dataclass(frozen=True, slots=True)
-class Stage:
-    """One finished or found stage."""
-
-    name: str
-    key: str
-    folder: Path
-    seconds: float
-    peak_rss_bytes: int
-    reused: bool
-
-
-@dataclass(slots=True)
-class Run:
-    """What a recipe left behind. `folder` is the run folder."""
-
-    recipe: Recipe
-    folder: Path
-    done: list[Stage] = field(default_factory=list)
-    model: Path | None = None
-    report: Path | None = None
-    chosen: str | None = None
-    measured: dict[str, KldResult] | None = None
-
-
-@contextlib.contextmanager
-def _lock(folder: Path) -> Iterator[None]:
-    """One run per folder: the lock goes with the process, so a killed run leaves none behind."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as f:
-        try:
-            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UsageError(
-                "another gemcut works in this run folder",
-                where=str(folder),
-                hint="wait for it, or choose another --runs",
-            ) from None
-        yield
-
-
-class _Stages:
-    """Runs stages once: looks for a finished folder of the same key first."""
-
-    def __init__(self, run: Run, *, force: bool) -> None:
-        self.run = run
-        self.force = force
-
-    def __call__(
-        self,
-        name: str,
-        label: str,
-        params: Mapping[str, object],
-        parents: tuple[str, ...],
-        build: Callable[[Path], object],
-    ) -> Stage:
-        version = VERSIONS[name]
-        plain: dict[str, Json] = json.loads(store.canonical_json(dict(params)))
-        key = store.fingerprint({"stage": name, "version": version, "params": plain, "parents": list(parents)})[:12]
-        folder = self.run.folder / "-".join(part for part in (name, label, key) if part)
-        record = folder / "stage.json"
-        if record.is_file() and not self.force:
-            found = store.read_json(record, "stage record")
-            if found.get("key") == key:
-                stage = Stage(name, key, folder, _number(found, "seconds"), int(_number(found, "peak_rss_bytes")), True)
-                self.run.done.append(stage)
-                log.info("%s: finished before, kept", folder.name)
-                return stage
-        folder.mkdir(parents=True, exist_ok=True)
-        machine.reset_peak()
-        start = time.perf_counter()
-        build(folder)
-        seconds = time.perf_counter() - start
-        peak = machine.peak_rss_bytes()
-        store.write_json(
-            record,
-            {
-                "stage": name,
-                "label": label,
-                "version": version,
-                "key": key,
-                "params": plain,
-                "parents": list(parents),
-                "seconds": round(seconds, 3),
-                "peak_rss_bytes": peak,
-                "stack": dict(machine.stack()),
-            },
-        )
-        stage = Stage(name, key, folder, seconds, peak, False)
-        self.run.done.append(stage)
-        log.info("%s: %.1f s, peak memory %.2f GiB", folder.name, seconds, peak / 2**30)
-        return stage
-
-
-def _number(record: Mapping[str, Json], key: str) -> float:
-    value = record.get(key)
-    return float(value) if isinstance(value, (int, float)) else 0.0
 
 
 def run(
@@ -161,7 +50,7 @@ def run(
     if until not in STAGES:
         raise UsageError("there is no such stage", got=until, wanted=", ".join(STAGES))
     result = Run(recipe, runs / recipe.name)
-    with _lock(result.folder):
+    with lock(result.folder):
         store.write_bytes(result.folder / "recipe.yaml", (source or resolved(recipe)).encode())
         store.write_bytes(result.folder / "resolved.yaml", resolved(recipe).encode())
         _Job(result, force, progress).until(until)
@@ -176,7 +65,7 @@ class _Job:
         self.result = result
         self.force = force
         self.progress = progress
-        self.stage = _Stages(result, force=force)
+        self.stage = Stages(result, force=force)
         self.base = models.open_model(self.recipe.model)
         self.choices = _choices(self.recipe)
         self.chosen = self.choices[0].name
