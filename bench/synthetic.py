@@ -1,4 +1,4 @@
-"""Write a synthetic checkpoint with the layer geometry of Gemma 4 26B-A4B: real shapes and names, random bf16 values.
+"""Write a synthetic checkpoint with the layer geometry of Gemma 4 26B-A4B or 31B: real shapes and names, random bf16.
 
     python bench/synthetic.py --layers 5 --out folder --seed 0
 
@@ -25,7 +25,7 @@ _BLOCK = 4_194_301  # elements; prime, so that no expert's size is a multiple of
 
 @dataclass(frozen=True, slots=True)
 class Geometry:
-    """Widths of one layer; the defaults are those of 26B-A4B."""
+    """Widths of one layer; the defaults are those of 26B-A4B. Without experts the decoder is dense."""
 
     hidden: int = 2816
     experts: int = 128
@@ -38,6 +38,12 @@ class Geometry:
     head_dim: int = 256
     global_head_dim: int = 512
     vocabulary: int = 4096
+
+
+DENSE_31B = Geometry(
+    hidden=5376, experts=0, expert_width=0, top_k=0, dense=21504, heads=32, kv_heads=16, global_kv_heads=4,
+)  # fmt: skip
+DENSE_31B_LAYERS = 60
 
 
 def layer_types(layers: int) -> list[str]:
@@ -68,16 +74,19 @@ def shapes(geometry: Geometry, layers: int) -> list[tuple[str, tuple[int, ...]]]
             (p + "mlp.gate_proj.weight", (g.dense, g.hidden)),
             (p + "mlp.up_proj.weight", (g.dense, g.hidden)),
             (p + "mlp.down_proj.weight", (g.hidden, g.dense)),
-            (p + "experts.gate_up_proj", (g.experts, 2 * g.expert_width, g.hidden)),
-            (p + "experts.down_proj", (g.experts, g.hidden, g.expert_width)),
-            (p + "router.proj.weight", (g.experts, g.hidden)),
-            (p + "router.scale", (g.hidden,)),
-            (p + "router.per_expert_scale", (g.experts,)),
-            (p + "layer_scalar", (1,)),
         ]
-        norms = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm",
-                 "post_feedforward_layernorm", "post_feedforward_layernorm_1", "post_feedforward_layernorm_2",
-                 "pre_feedforward_layernorm_2")  # fmt: skip
+        norms = ["input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm",
+                 "post_feedforward_layernorm"]  # fmt: skip
+        if g.experts:
+            out += [
+                (p + "experts.gate_up_proj", (g.experts, 2 * g.expert_width, g.hidden)),
+                (p + "experts.down_proj", (g.experts, g.hidden, g.expert_width)),
+                (p + "router.proj.weight", (g.experts, g.hidden)),
+                (p + "router.scale", (g.hidden,)),
+                (p + "router.per_expert_scale", (g.experts,)),
+            ]
+            norms += ["post_feedforward_layernorm_1", "post_feedforward_layernorm_2", "pre_feedforward_layernorm_2"]
+        out.append((p + "layer_scalar", (1,)))
         out += [(f"{p}{norm}.weight", (g.hidden,)) for norm in norms]
     out.append(("model.language_model.norm.weight", (g.hidden,)))
     return out
@@ -91,9 +100,10 @@ def config(geometry: Geometry, layers: int) -> dict[str, object]:
         "intermediate_size": g.dense, "num_hidden_layers": layers, "num_attention_heads": g.heads,
         "num_key_value_heads": g.kv_heads, "num_global_key_value_heads": g.global_kv_heads, "head_dim": g.head_dim,
         "global_head_dim": g.global_head_dim, "attention_k_eq_v": True, "layer_types": layer_types(layers),
-        "sliding_window": 1024, "enable_moe_block": True, "num_experts": g.experts, "top_k_experts": g.top_k,
-        "moe_intermediate_size": g.expert_width, "hidden_size_per_layer_input": 0,
-        "vocab_size_per_layer_input": g.vocabulary, "num_kv_shared_layers": 0, "use_double_wide_mlp": False,
+        "sliding_window": 1024, "enable_moe_block": g.experts > 0, "num_experts": g.experts or None,
+        "top_k_experts": g.top_k or None, "moe_intermediate_size": g.expert_width or None,
+        "hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": g.vocabulary, "num_kv_shared_layers": 0,
+        "use_double_wide_mlp": False,
         "final_logit_softcapping": 30.0, "tie_word_embeddings": True, "max_position_embeddings": 262144,
         "hidden_activation": "gelu_pytorch_tanh", "attention_bias": False, "attention_dropout": 0.0,
         "rms_norm_eps": 1e-06, "initializer_range": 0.02, "use_bidirectional_attention": None,

@@ -22,7 +22,7 @@ from gemcut.checkpoint import open_checkpoint
 from gemcut.checkpoint.read import Checkpoint
 from gemcut.errors import CheckpointError, UsageError
 from gemcut.surgery import cut, edits_for, verify_cut
-from gemcut.types import LayerPlan, Mask, Plan
+from gemcut.types import LayerPlan, Plan
 
 SMALL = synthetic.Geometry(
     hidden=32, experts=8, expert_width=8, top_k=2, dense=16, heads=4, kv_heads=2, global_kv_heads=1, head_dim=8,
@@ -85,22 +85,6 @@ def test_identity_plan_gives_the_same_bytes(base: Checkpoint, tmp_path: Path) ->
     assert all((base.path / s).samefile(tmp_path / "out" / s) for s in base.shards)
     assert {fact.found for fact in manifest.tensors} == {"same"}
     assert manifest.config_changes == {}
-
-
-def test_heads_are_masked_where_they_are_read(base: Checkpoint, tmp_path: Path) -> None:
-    layers = {0: layer_plan((0, 2, 3), 4), 5: layer_plan((1,), 4)}
-    plan = Plan("heads", base.fingerprint, 4, layers)
-    prefix = "model.language_model.layers."
-    assert edits_for(plan, base) == {
-        f"{prefix}0.self_attn.o_proj.weight": Mask(1, tuple(range(8, 16))),
-        f"{prefix}5.self_attn.o_proj.weight": Mask(1, tuple(range(16)) + tuple(range(32, 64))),
-    }
-    manifest = cut(base, plan, tmp_path / "out")
-    assert manifest.config_changes == {}
-    assert [f.name.split(".")[3] for f in manifest.tensors if f.found == "mask"] == ["0", "5"]
-    assert verify_cut(open_checkpoint(tmp_path / "out"), base, plan).layers_changed == (0, 5)
-    with pytest.raises(CheckpointError, match="touches 1 layers, bytes differ in 2"):
-        verify_cut(open_checkpoint(tmp_path / "out"), base, dataclasses.replace(plan, layers={0: layers[0]}))
 
 
 # ---------------------------------------------------------------- plans that do not fit

@@ -35,6 +35,7 @@ class Attention:
     k: str
     v: str | None  # None: K serves as V
     o: str
+    shares_kv: bool = False  # reads the keys and values of an earlier layer
 
     @property
     def group(self) -> int:
@@ -60,7 +61,8 @@ class Family:
     """One architecture.
 
     sites(text_config, names): every place that can be cut, from the config and the tensor names on disk.
-    shrink(config, plan): a new config.json for the cut checkpoint; refuses what the format cannot say.
+    shrink(config, plan): a new config.json for the cut checkpoint; refuses what the format cannot say. Experts and
+        heads; the same config for a plan that only masks.
     module_of(site): dotted path of the transformers module (below the decoder layer) that runs the site.
     layer_prefix(names, layer): how this checkpoint's tensor names of a layer begin on disk.
     component(name): which of COMPONENTS a tensor belongs to.

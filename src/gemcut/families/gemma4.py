@@ -21,6 +21,7 @@ from collections.abc import Collection, Mapping
 
 from gemcut.errors import CheckpointError, UsageError
 from gemcut.families.base import Attention, Family, Norms, Serving
+from gemcut.families.heads import kept_kv_heads, mode_of
 from gemcut.types import Json, Plan, Site, Slice
 
 _LAYER = re.compile(r"^(?P<root>model\.(?:language_model\.)?)layers\.(?P<layer>\d+)\.")
@@ -130,15 +131,24 @@ def sites(text: Mapping[str, Json], names: Collection[str]) -> tuple[Site, ...]:
 
 
 def shrink(config: Mapping[str, Json], plan: Plan) -> dict[str, Json]:
-    """config.json after the cut: only `num_experts` changes, and not at all for an identity plan.
+    """config.json after the cut: `num_experts`, or the head counts of a structural cut, and nothing else.
 
     Raises:
-        UsageError: the plan keeps a different number of experts per layer (the format has one number for all
-            layers), or fewer than top_k_experts, or is not about experts.
+        UsageError: the plan says what the format cannot: different numbers of experts or query heads per layer, fewer
+            experts than top_k_experts, KV heads that differ between layers with one key, a layer left out, query heads
+            that would change their KV head, a layer that reads the keys of another.
     """
     new = copy.deepcopy(dict(config))
-    if plan.kind != "experts":
-        raise UsageError("this plan changes no key of config.json", got=plan.kind, wanted="experts")
+    text = new["text_config"] if isinstance(new.get("text_config"), dict) else new
+    assert isinstance(text, dict)
+    if plan.kind == "experts":
+        text["num_experts"] = _experts_kept(text, plan)
+    elif mode_of(plan) == "structural":
+        _shrink_heads(text, plan)
+    return new
+
+
+def _experts_kept(text: Mapping[str, Json], plan: Plan) -> int:
     counts = {len(layer.keep) for layer in plan.layers.values()}
     if len(counts) != 1:
         raise UsageError(
@@ -148,8 +158,6 @@ def shrink(config: Mapping[str, Json], plan: Plan) -> dict[str, Json]:
             hint="plan with one --keep",
         )
     kept = counts.pop()
-    text = new["text_config"] if isinstance(new.get("text_config"), dict) else new
-    assert isinstance(text, dict)
     active = top_k(text)
     if kept < active:
         raise UsageError(
@@ -158,8 +166,51 @@ def shrink(config: Mapping[str, Json], plan: Plan) -> dict[str, Json]:
             wanted=f"at least top_k_experts = {active}",
             hint=f"plan experts … --keep {active} or more",
         )
-    text["num_experts"] = kept
-    return new
+    return kept
+
+
+def _shrink_heads(text: dict[str, Json], plan: Plan) -> None:
+    """Patch num_attention_heads and the key that holds each layer's number of KV heads, in place."""
+    layers = range(_number(text, "num_hidden_layers"))
+    if sorted(plan.layers) != list(layers):
+        raise UsageError(
+            "a structural cut must name every layer: config.json has one num_attention_heads for all",
+            got=f"{len(plan.layers)} layers",
+            wanted=f"{len(layers)}",
+            hint="mode mask can cut some layers and leave others",
+        )
+    counts = {len(one.keep) for one in plan.layers.values()}
+    if len(counts) != 1:
+        raise UsageError(
+            "every layer must keep the same number of query heads",
+            got=", ".join(str(c) for c in sorted(counts)),
+            wanted="one count: config.json has one num_attention_heads for all layers",
+        )
+    shared = [layer for layer in layers if _shares_kv(text, layer)]
+    if shared or text.get("attention_bias"):
+        raise UsageError(
+            "this architecture cannot lose heads, only have them masked",
+            where=f"layer {shared[0]}" if shared else "config.json: attention_bias",
+            got="keys and values of an earlier layer" if shared else "biases of the projections",
+            hint="plan with mode mask",
+        )
+    heads = _number(text, "num_attention_heads")
+    after: dict[tuple[str | None, str], tuple[int, int]] = {}  # where the number lies → layer that said it first, KV
+    for layer in layers:
+        group = heads // _kv_heads(text, layer)
+        kept = len(kept_kv_heads(group, plan.layers[layer].keep, where=f"layer {layer} of the plan"))
+        first, wanted = after.setdefault(_kv_place(text, layer), (layer, kept))
+        if kept != wanted:
+            raise UsageError(
+                "the layers keep different numbers of KV heads, and the config has one number for them",
+                where=f"layers {first} and {layer} of the plan",
+                got=f"{wanted} and {kept}",
+            )
+    for (own, key), (_, kept) in after.items():
+        place = text if own is None else _own_config(text, own)
+        assert place is not None
+        place[key] = kept
+    text["num_attention_heads"] = counts.pop()
 
 
 def module_of(site: Site) -> str:
@@ -185,6 +236,50 @@ def component(name: str) -> str:
     return "other"
 
 
+def _own_config(text: Mapping[str, Json], layer: str) -> dict[str, Json] | None:
+    per_layer = text.get("per_layer_config")
+    entry = per_layer.get(layer) if isinstance(per_layer, dict) else None
+    return entry if isinstance(entry, dict) else None
+
+
+def _kv_place(text: Mapping[str, Json], layer: int) -> tuple[str | None, str]:
+    """Where the layer's number of KV heads lies: its entry of per_layer_config (None: the flat keys), and the key."""
+    own = _own_config(text, str(layer))
+    if own is not None and "num_key_value_heads" in own:
+        return str(layer), "num_key_value_heads"
+    if _k_is_v(text, layer) and text.get("num_global_key_value_heads") is not None:
+        return None, "num_global_key_value_heads"
+    return None, "num_key_value_heads"
+
+
+def _kv_heads(text: Mapping[str, Json], layer: int) -> int:
+    """KV heads of one layer.
+
+    Raises:
+        CheckpointError: the query heads do not divide among them.
+    """
+    own, key = _kv_place(text, layer)
+    kv_heads = _number((_own_config(text, own) if own is not None else None) or text, key)
+    heads = _number(text, "num_attention_heads")
+    if heads % kv_heads:
+        raise CheckpointError(
+            "the query heads do not divide among the key-value heads",
+            where=f"config.json, layer {layer}",
+            got=f"{heads} query heads, {kv_heads} KV heads",
+        )
+    return kv_heads
+
+
+def _k_is_v(text: Mapping[str, Json], layer: int) -> bool:
+    return layer_types(text)[layer] == "full_attention" and bool(text.get("attention_k_eq_v"))
+
+
+def _shares_kv(text: Mapping[str, Json], layer: int) -> bool:
+    """The last num_kv_shared_layers layers read the keys and values of the last layer of their type before them."""
+    shared = text.get("num_kv_shared_layers")
+    return isinstance(shared, int) and layer >= _number(text, "num_hidden_layers") - shared
+
+
 def attention(text: Mapping[str, Json], names: Collection[str], layer: int) -> Attention:
     """Head counts and tensor names of one layer. Full-attention layers have their own number of KV heads where
     `attention_k_eq_v` is set, and then no v_proj.
@@ -193,32 +288,16 @@ def attention(text: Mapping[str, Json], names: Collection[str], layer: int) -> A
         CheckpointError: the query heads do not divide among the KV heads.
     """
     prefix = layer_prefix(names, layer) + "self_attn."
-    full = layer_types(text)[layer] == "full_attention"
-    k_eq_v = full and bool(text.get("attention_k_eq_v"))
-    heads = _number(text, "num_attention_heads")
-    own = k_eq_v and text.get("num_global_key_value_heads") is not None
-    per_layer = text.get("per_layer_config")
-    entry = per_layer.get(str(layer)) if isinstance(per_layer, dict) else None
-    if isinstance(entry, dict) and "num_key_value_heads" in entry:
-        kv_heads = _number(entry, "num_key_value_heads")
-    else:
-        kv_heads = _number(text, "num_global_key_value_heads" if own else "num_key_value_heads")
-    if heads % kv_heads:
-        raise CheckpointError(
-            "the query heads do not divide among the key-value heads",
-            where=f"config.json, layer {layer}",
-            got=f"{heads} query heads, {kv_heads} KV heads",
-        )
-    v = f"{prefix}v_proj.weight"
     return Attention(
-        heads=heads,
-        kv_heads=kv_heads,
+        heads=_number(text, "num_attention_heads"),
+        kv_heads=_kv_heads(text, layer),
         head_dim=head_dim(text, layer),
-        full=full,
+        full=layer_types(text)[layer] == "full_attention",
         q=f"{prefix}q_proj.weight",
         k=f"{prefix}k_proj.weight",
-        v=None if k_eq_v else v,
+        v=None if _k_is_v(text, layer) else f"{prefix}v_proj.weight",
         o=f"{prefix}o_proj.weight",
+        shares_kv=_shares_kv(text, layer),
     )
 
 

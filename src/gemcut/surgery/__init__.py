@@ -1,7 +1,8 @@
-"""Changes to a checkpoint. `cut` needs no torch; `heal` does, and is imported by its own name."""
+"""Changes to a checkpoint. `cut` and `edits` need no torch; `heal` does, and is imported by its own name."""
 
 from __future__ import annotations
 
-from gemcut.surgery.cut import check_plan, config_for, cut, edits_for, verify_cut
+from gemcut.surgery.cut import cut, verify_cut
+from gemcut.surgery.edits import check_plan, config_for, edits_for
 
 __all__ = ["check_plan", "config_for", "cut", "edits_for", "verify_cut"]

@@ -1,15 +1,15 @@
-"""A plan becomes edits, edits become a checkpoint. Bytes only: no torch, no dtype."""
+"""A plan becomes edits, edits become a checkpoint, and both are held against its bytes. No torch, no dtype."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from pathlib import Path
 
 from gemcut.checkpoint.read import Checkpoint, Progress
 from gemcut.checkpoint.verify import VerifyReport, verify
 from gemcut.checkpoint.write import write_checkpoint
-from gemcut.errors import CheckpointError, UsageError
-from gemcut.types import Edit, Edits, Json, LayerPlan, Manifest, Mask, Plan, Site, Take
+from gemcut.surgery.edits import config_for, edits_for
+from gemcut.types import Manifest, Plan
 
 
 def cut(
@@ -31,125 +31,6 @@ def cut(
     edits = edits_for(plan, base)
     config = config_for(plan, base)
     return write_checkpoint(base, edits, config, out, force=force, link=link, progress=progress).manifest
-
-
-def edits_for(plan: Plan, base: Checkpoint) -> Edits:
-    """What the plan means for each tensor.
-
-    Experts are taken out of every fused tensor of the site (gate_up_proj, down_proj, router rows, per_expert_scale).
-    Heads are masked: the columns of o_proj that read a dropped head become zero. Zeroing its q_proj rows instead
-    would leave the mean of V behind, and the config format has one head count for all layers.
-
-    Raises:
-        UsageError, CheckpointError: see `check_plan`.
-    """
-    sites = check_plan(plan, base)
-    edits: dict[str, Edit] = {}
-    for layer, one in plan.layers.items():
-        site = sites[layer]
-        if plan.kind == "experts":
-            for cut_at in site.slices:
-                edits[cut_at.name] = Take(cut_at.axis, _positions(one.keep, cut_at.block))
-        elif one.drop:
-            for cut_at in site.slices:
-                if cut_at.axis == 1:  # the projection that reads the heads
-                    edits[cut_at.name] = Mask(cut_at.axis, _positions(sorted(one.drop), cut_at.block))
-    return edits
-
-
-def config_for(plan: Plan, base: Checkpoint) -> Mapping[str, Json]:
-    """config.json after the cut; masking heads changes none of it."""
-    return base.family.shrink(base.config, plan) if plan.kind == "experts" else base.config
-
-
-def check_plan(plan: Plan, base: Checkpoint) -> Mapping[int, Site]:
-    """Refuse a plan that does not fit this checkpoint; return the sites that it names, by layer.
-
-    Raises:
-        CheckpointError: the plan was made for another checkpoint (fingerprint, layers or number of units).
-        UsageError: a unit is out of range, named twice, or neither kept nor dropped with a reason; the layers keep
-            different numbers of experts, or fewer than the router selects.
-    """
-    if plan.model_fingerprint != base.fingerprint:
-        raise CheckpointError(
-            "the plan was made for another checkpoint",
-            where=base.name,
-            got=f"fingerprint {base.fingerprint[:12]}",
-            wanted=plan.model_fingerprint[:12] or "the fingerprint in the plan's `model`",
-            hint="plan again from statistics of this checkpoint",
-        )
-    sites = {site.layer: site for site in base.sites if site.kind == plan.kind}
-    if not sites:
-        raise UsageError(f"this checkpoint has no {plan.kind} to cut", where=base.name)
-    strange = sorted(plan.layers.keys() - sites.keys())
-    absent = sorted(sites.keys() - plan.layers.keys()) if plan.kind == "experts" else []
-    if strange or absent or not plan.layers:
-        raise CheckpointError(
-            f"the plan and the checkpoint disagree about the layers that have {plan.kind}",
-            where=base.name,
-            got=f"a plan for {len(plan.layers)} layers",
-            wanted=f"{len(sites)} layers; see layer {(strange or absent or [0])[0]}",
-        )
-    for layer, one in sorted(plan.layers.items()):
-        if plan.units != sites[layer].units:
-            raise CheckpointError(
-                f"the plan was made for another number of {plan.kind}",
-                where=f"layer {layer}",
-                got=plan.units,
-                wanted=sites[layer].units,
-            )
-        _check_layer(plan, layer, one)
-    if plan.kind == "experts":
-        _check_counts(plan, base.family.top_k(base.text_config))
-    return {layer: sites[layer] for layer in plan.layers}
-
-
-def _check_layer(plan: Plan, layer: int, one: LayerPlan) -> None:
-    where = f"layer {layer} of the plan"
-    outside = [u for u in (*one.keep, *one.drop) if not 0 <= u < plan.units]
-    if outside:
-        raise UsageError(
-            "the plan names a unit that does not exist", where=where, got=outside[0], wanted=f"0…{plan.units - 1}"
-        )
-    if list(one.keep) != sorted(set(one.keep)):
-        raise UsageError("the kept units are not in ascending order, or one comes twice", where=where)
-    both = set(one.keep) & set(one.drop)
-    neither = set(range(plan.units)) - set(one.keep) - set(one.drop)
-    if both or neither:
-        raise UsageError(
-            f"unit {min(both or neither)} is {'both kept and dropped' if both else 'neither kept nor dropped'}",
-            where=where,
-        )
-    if not one.keep:
-        raise UsageError("the plan keeps nothing", where=where)
-    silent = [u for u, why in one.drop.items() if not why.strip()]
-    if silent:
-        raise UsageError(f"unit {silent[0]} is dropped without a reason", where=where, hint="say why in the plan")
-
-
-def _check_counts(plan: Plan, top_k: int) -> None:
-    counts = {layer: len(one.keep) for layer, one in plan.layers.items()}
-    few = min(counts, key=lambda layer: counts[layer])
-    if counts[few] < top_k:
-        raise UsageError(
-            "the plan keeps fewer experts than the router selects",
-            where=f"layer {few} of the plan",
-            got=f"{counts[few]} kept",
-            wanted=f"at least {top_k}",
-            hint=f"plan with --keep {top_k} or more",
-        )
-    many = max(counts, key=lambda layer: counts[layer])
-    if counts[few] != counts[many]:
-        raise UsageError(
-            "the layers keep different numbers of experts, and the config has one number for all",
-            where=f"layers {few} and {many} of the plan",
-            got=f"{counts[few]} and {counts[many]}",
-            hint="plan with one --keep",
-        )
-
-
-def _positions(units: Collection[int], block: int) -> tuple[int, ...]:
-    return tuple(unit * block + i for unit in units for i in range(block))
 
 
 def verify_cut(
