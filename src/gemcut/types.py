@@ -23,6 +23,7 @@ F64: TypeAlias = NDArray[np.float64]
 F32: TypeAlias = NDArray[np.float32]
 I64: TypeAlias = NDArray[np.int64]
 Kind: TypeAlias = Literal["experts", "heads"]
+ImportanceMethod: TypeAlias = Literal["loo", "taylor"]
 Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"
 
 # Bytes per element of every safetensors dtype that gemcut passes through.
@@ -251,6 +252,53 @@ class Plan:
     params: Mapping[str, Json] = field(default_factory=dict)
     corpus_hash: str = ""
     statistics_fingerprint: str = ""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class HeadImportance:
+    """What the loss says about query heads. Higher: missed more. Shapes that disagree or non-finite values raise.
+
+    method: "loo", the rise of the loss without the head (may be negative); "taylor", |∂ loss / ∂ head's factor|.
+    values, stderr: float64 [L, U], nats per predicted token; stderr over items, None for a single item.
+    per_class: float64 [C, L, U], classes in the order of `classes`.   tokens: predicted tokens.
+    """
+
+    method: ImportanceMethod
+    layers: tuple[int, ...]
+    values: F64
+    stderr: F64 | None
+    classes: tuple[str, ...]
+    per_class: F64
+    model_fingerprint: str
+    corpus_hash: str
+    template_hash: str
+    dtype: str
+    tokens: int
+    items: int
+
+    def __post_init__(self) -> None:
+        shape = (len(self.layers), self.values.shape[-1])
+        for name, array, wanted in (
+            ("values", self.values, shape),
+            ("stderr", self.stderr, shape),
+            ("per_class", self.per_class, (len(self.classes), *shape)),
+        ):
+            if array is None:
+                continue
+            if array.shape != wanted:
+                raise QualityError(f"{name} of head importance has another shape", got=array.shape, wanted=wanted)
+            bad = np.argwhere(~np.isfinite(array))
+            if len(bad):
+                row, head = (int(v) for v in bad[0][-2:])
+                raise QualityError(
+                    f"head importance {self.method!r} is not finite",
+                    where=f"{name}, layer {self.layers[row]}, head {head}",
+                    wanted="a finite number",
+                )
+
+    @property
+    def units(self) -> int:
+        return int(self.values.shape[1])
 
 
 # ---------------------------------------------------------------- manifest: facts from the written bytes

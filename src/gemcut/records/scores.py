@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import cast
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from gemcut.errors import CheckpointError
+from gemcut.records.arrays import read_arrays
 from gemcut.records.fields import open_record, to_json
 from gemcut.records.plans import MAX_LAYERS, MAX_UNITS
 from gemcut.store import atomic_folder, sha256_file, write_json
-from gemcut.types import F64, Json, Kind, Scores
+from gemcut.types import Json, Kind, Scores
 
 SCORES_SCHEMA = 1
 SCORES_FILE = "scores.json"
@@ -71,7 +69,7 @@ def load_scores(folder: Path) -> Scores:
         "protected": ("U8", (len(layers), units)),
         "per_class": ("F64", (len(classes), len(layers), units)),
     }
-    tensors = _read_tensors(folder / _VALUES_FILE, f.digest("values_sha256"), forms)
+    tensors = read_arrays(folder / _VALUES_FILE, f.digest("values_sha256"), forms, "scores")
     scores = Scores(
         criterion=f.text("criterion", empty=False),
         params=f.mapping("params"),
@@ -88,25 +86,3 @@ def load_scores(folder: Path) -> Scores:
     )
     f.done()
     return scores
-
-
-def _read_tensors(path: Path, sha256: str, forms: Mapping[str, tuple[str, tuple[int, ...]]]) -> dict[str, F64]:
-    """Those of `forms` that are in the file; `values` must be."""
-    out: dict[str, F64] = {}
-    try:
-        if sha256_file(path) != sha256:
-            raise CheckpointError("the scores are not what was recorded", where=path.name, hint="score again")
-        with safe_open(path, framework="numpy") as f:
-            for name in f.keys():  # noqa: SIM118 - not a dict
-                ref = f.get_slice(name)
-                form = (str(ref.get_dtype()), tuple(ref.get_shape()))
-                if form != forms.get(name):
-                    raise CheckpointError(
-                        f"{name} has another form", where=path.name, got=form, wanted=forms.get(name, "nothing")
-                    )
-                out[name] = f.get_tensor(name).astype(np.float64, copy=False)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"cannot read the scores: {error}", where=path.name) from None
-    if "values" not in out:
-        raise CheckpointError("the scores hold no values", where=path.name)
-    return out
