@@ -1,6 +1,6 @@
 """Statistics to Scores: every criterion is a re-slice of the stored sums; none runs the model.
 
-A criterion is one file with its formula and one line in CRITERIA.
+A criterion is one file with its formula and one line in CRITERIA. Those of attention heads are in `score.heads`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,17 @@ from gemcut.score import (
     reap,
     relative,
 )
-from gemcut.score.criterion import Criterion, Ranking
+from gemcut.score.criterion import Criterion, Ranking, refuse_flat
+from gemcut.score.head_cost import Balance, LayerCost
+from gemcut.score.heads import (
+    HEAD_CRITERIA,
+    HEAD_DEFAULT,
+    HeadCriterion,
+    balance_of,
+    head_criterion_named,
+    rank_correlation,
+    score_heads,
+)
 from gemcut.score.sums import Sums
 from gemcut.types import F64, Scores, Statistics
 
@@ -89,7 +99,7 @@ def score(stats: Statistics, criterion: str = DEFAULT, /, **params: object) -> S
         classes=stats.meta.classes if ranking.per_class is not None else (),
         per_class=ranking.per_class,
     )
-    _refuse_flat(scores)
+    refuse_flat(scores)
     return scores
 
 
@@ -156,27 +166,22 @@ def _refuse_non_finite(stats: Statistics) -> None:
                 )
 
 
-def _refuse_flat(scores: Scores) -> None:
-    """Equal scores would be ranked by index, which looks like a result."""
-    flat = np.flatnonzero(scores.values.max(axis=1) == scores.values.min(axis=1))
-    if len(flat):
-        row = int(flat[0])
-        raise QualityError(
-            f"{scores.criterion!r} has nothing to rank in {len(flat)} layers",
-            where=f"layer {scores.layers[row]}",
-            got=f"all {scores.units} scores are {scores.values[row, 0]:g}",
-            wanted="scores that differ",
-            hint="observe more text, or choose another criterion",
-        )
-
-
 __all__ = [
     "CRITERIA",
     "DEFAULT",
+    "HEAD_CRITERIA",
+    "HEAD_DEFAULT",
+    "Balance",
     "Criterion",
+    "HeadCriterion",
+    "LayerCost",
     "Ranking",
+    "balance_of",
     "criterion_named",
+    "head_criterion_named",
+    "rank_correlation",
     "resample",
     "score",
     "score_all",
+    "score_heads",
 ]

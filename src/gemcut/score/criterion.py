@@ -10,9 +10,9 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from gemcut.errors import UsageError
+from gemcut.errors import QualityError, UsageError
 from gemcut.score.sums import Sums
-from gemcut.types import F64, Json
+from gemcut.types import F64, Json, Scores
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -119,18 +119,45 @@ class Criterion:
         Raises:
             UsageError: an unknown parameter, or a value out of its bounds.
         """
-        unknown = sorted(set(given) - set(self.params))
-        if unknown:
-            raise UsageError(
-                f"criterion {self.name!r} has no parameter {unknown[0]!r}",
-                wanted=", ".join(self.params) or "no parameter at all",
-            )
-        out: dict[str, Json] = {}
-        for name, param in self.params.items():
-            value: object = given.get(name, param.default)
-            checked = param.check(f"{self.name}.{name}", value)
-            out[name] = dict(checked) if isinstance(checked, dict) else checked
-        return out
+        return check_params(self.name, self.params, given)
+
+
+def check_params(criterion: str, params: Mapping[str, Param], given: Mapping[str, object]) -> dict[str, Json]:
+    """Every parameter of a criterion, defaults filled in.
+
+    Raises:
+        UsageError: an unknown parameter, or a value out of its bounds.
+    """
+    unknown = sorted(set(given) - set(params))
+    if unknown:
+        raise UsageError(
+            f"criterion {criterion!r} has no parameter {unknown[0]!r}",
+            wanted=", ".join(params) or "no parameter at all",
+        )
+    out: dict[str, Json] = {}
+    for name, param in params.items():
+        value: object = given.get(name, param.default)
+        checked = param.check(f"{criterion}.{name}", value)
+        out[name] = dict(checked) if isinstance(checked, dict) else checked
+    return out
+
+
+def refuse_flat(scores: Scores) -> None:
+    """Equal scores would be ranked by index, which looks like a result.
+
+    Raises:
+        QualityError: a layer whose scores are all equal.
+    """
+    flat = np.flatnonzero(scores.values.max(axis=1) == scores.values.min(axis=1))
+    if len(flat):
+        row = int(flat[0])
+        raise QualityError(
+            f"{scores.criterion!r} has nothing to rank in {len(flat)} layers",
+            where=f"layer {scores.layers[row]}",
+            got=f"all {scores.units} scores are {scores.values[row, 0]:g}",
+            wanted="scores that differ",
+            hint="observe more text, or choose another criterion",
+        )
 
 
 def text(params: Checked, name: str) -> str:
