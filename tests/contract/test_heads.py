@@ -28,6 +28,7 @@ from gemcut.surgery import cut, edits_for, verify_cut
 from gemcut.types import Mask, Plan, Scores, Take
 from tiny import make_tiny
 
+DEMO_DENSE = Path(__file__).parents[2] / "demo" / "dense"
 EIGHT = {"num_attention_heads": 8, "num_key_value_heads": 4, "num_global_key_value_heads": 2}
 # kind, config, heads dropped by a structural cut
 BASES = {
@@ -119,6 +120,21 @@ def test_dropping_equals_silencing(base: Checkpoint, the_cut: tuple[Checkpoint, 
         assert difference == 0.0
     else:
         assert difference <= 1e-5
+
+
+@pytest.mark.parametrize(("mode", "drop"), [("mask", 1), ("structural", 2)])
+def test_dropping_equals_silencing_in_a_trained_model(tmp_path: Path, mode: HeadMode, drop: int) -> None:
+    base = open_checkpoint(DEMO_DENSE)
+    plan = a_plan(base, drop, mode)
+    cut(base, plan, tmp_path / "out")
+    whole = load(base)
+    untouched = logits(whole)
+    silence(whole, base, plan)
+    silent = logits(whole)
+    difference = (logits(load(open_checkpoint(tmp_path / "out"))) - silent).abs().max().item()
+    assert (silent - untouched).abs().max().item() > 0.1
+    # other sums of the same numbers: a few units in the last place of logits up to 30
+    assert difference == 0.0 if mode == "mask" else difference <= 1e-6 * silent.abs().max().item()
 
 
 def test_zero_queries_alone_would_not_remove_a_head(base: Checkpoint, tmp_path: Path) -> None:
