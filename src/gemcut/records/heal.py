@@ -1,0 +1,157 @@
+"""`heal.json`: what a heal of head cuts found, layer by layer, and where the healed tensors lie."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeAlias, cast, get_args
+
+from gemcut.records.fields import Fields, open_record, to_json
+from gemcut.store import write_json
+from gemcut.types import Json
+
+HEAL_SCHEMA = 1
+HEAL_FILE = "heal.json"
+HealMethod: TypeAlias = Literal["sequential", "local"]
+
+
+@dataclass(frozen=True, slots=True)
+class LayerHeal:
+    """One layer's output projection: refitted, measured, and used or not.
+
+    Residuals are relative, sqrt(Σ w‖Ŷ − Y‖² / Σ w‖Y‖²), of the weights in the dtype that they are stored in; `before`
+    is the cut without a heal. `held_out_*` are of items that no fit has seen.
+
+    kept: heads that stay; `units` were there, each `head_dim` columns wide.
+    samples, held_out_samples: tokens behind the fit, and behind the held-out residuals.
+    ridge: λ in units of tr(G_KK)/|K|.   ridge_residuals: held-out residual of each ridge that was tried (inner split).
+    condition: λ_max/λ_min of G_KK + λI.
+    used: the heal beats the cut without it on held-out items; else the layer keeps its old weights.
+    file, blake3: where the healed tensor lies, and the hash of its bytes; None where it is not used.
+    """
+
+    layer: int
+    tensor: str
+    units: int
+    head_dim: int
+    kept: tuple[int, ...]
+    samples: int
+    held_out_samples: int
+    ridge: float
+    lam: float
+    ridge_residuals: Mapping[str, float]
+    condition: float
+    fit_before: float
+    fit_after: float
+    held_out_before: float
+    held_out_after: float
+    used: bool
+    file: str | None
+    blake3: str | None
+
+    @property
+    def dropped(self) -> tuple[int, ...]:
+        """Heads that go."""
+        return tuple(sorted(set(range(self.units)) - set(self.kept)))
+
+
+@dataclass(frozen=True, slots=True)
+class HealReport:
+    """A whole heal. `fingerprint` is of everything that decides its numbers: base, plan, corpus and settings."""
+
+    fingerprint: str
+    method: HealMethod
+    model_fingerprint: str
+    model_name: str
+    plan_fingerprint: str
+    corpus_hash: str
+    template_hash: str
+    bos_policy: str
+    settings: Mapping[str, Json]
+    dtype: str
+    items: int
+    held_out_items: int
+    tokens: int
+    layers: tuple[LayerHeal, ...]
+    stack: Mapping[str, str]
+
+    @property
+    def used(self) -> tuple[int, ...]:
+        """Layers whose healed weights are used."""
+        return tuple(one.layer for one in self.layers if one.used)
+
+
+def save_heal(report: HealReport, path: Path) -> None:
+    """Write `heal.json`; the caller writes it last, after every tensor it speaks of."""
+    body = cast("dict[str, Json]", to_json(report))
+    write_json(path, {"schema": HEAL_SCHEMA, **body})
+
+
+def load_heal(path: Path) -> HealReport:
+    """Read `heal.json`.
+
+    Raises:
+        UsageError: there is no such file.
+        CheckpointError: wrong types, another schema, a layer twice, or a file name that leaves the folder.
+    """
+    f = open_record(path, "heal", HEAL_SCHEMA)
+    method = f.text("method")
+    if method not in get_args(HealMethod):
+        f.refuse("method", method, " or ".join(get_args(HealMethod)))
+    layers = f.children("layers", read_layer_heal)
+    numbers = [one.layer for one in layers]
+    if numbers != sorted(set(numbers)):
+        f.refuse("layers", numbers, "every layer once, ascending")
+    report = HealReport(
+        fingerprint=f.digest("fingerprint"),
+        method=cast(HealMethod, method),
+        model_fingerprint=f.text("model_fingerprint", empty=False),
+        model_name=f.text("model_name"),
+        plan_fingerprint=f.digest("plan_fingerprint"),
+        corpus_hash=f.text("corpus_hash"),
+        template_hash=f.text("template_hash"),
+        bos_policy=f.text("bos_policy"),
+        settings=f.mapping("settings"),
+        dtype=f.text("dtype"),
+        items=f.count("items"),
+        held_out_items=f.count("held_out_items"),
+        tokens=f.count("tokens"),
+        layers=layers,
+        stack={key: f.child("stack").text(key) for key in f.child("stack").names()},
+    )
+    f.done()
+    return report
+
+
+def read_layer_heal(f: Fields) -> LayerHeal:
+    """One layer of the record."""
+    units = f.count("units", 1, 1 << 16)
+    used = f.raw("used")
+    if not isinstance(used, bool):
+        f.refuse("used", used, "true or false")
+    tried = f.child("ridge_residuals")
+    one = LayerHeal(
+        layer=f.count("layer", 0, 1 << 12),
+        tensor=f.text("tensor", empty=False),
+        units=units,
+        head_dim=f.count("head_dim", 1, 1 << 16),
+        kept=f.counts("kept", units - 1, distinct=True),
+        samples=f.count("samples"),
+        held_out_samples=f.count("held_out_samples"),
+        ridge=f.number("ridge"),
+        lam=f.number("lam"),
+        ridge_residuals={key: tried.number(key) for key in tried.names()},
+        condition=f.number("condition"),
+        fit_before=f.number("fit_before"),
+        fit_after=f.number("fit_after"),
+        held_out_before=f.number("held_out_before"),
+        held_out_after=f.number("held_out_after"),
+        used=used,
+        file=None if f.raw("file") is None else f.file_name("file"),
+        blake3=None if f.raw("blake3") is None else f.digest("blake3"),
+    )
+    if used is (one.file is None) or used is (one.blake3 is None):
+        f.refuse("file", one.file, "a file and its hash exactly where the heal is used")
+    f.done()
+    return one

@@ -1,0 +1,177 @@
+"""What can be chosen about a heal, what is healed, and which items are held out."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from gemcut.checkpoint.read import Checkpoint
+from gemcut.errors import UsageError
+from gemcut.records.heal import HealMethod
+from gemcut.stream.corpus import Corpus
+from gemcut.stream.hidden import BATCH_TOKENS
+from gemcut.surgery import check_plan
+from gemcut.types import I64, Json, Plan
+
+# Raised by hand whenever the numbers that a heal writes change: an older folder is then not taken for a finished one.
+HEAL_VERSION = 1
+SAMPLES_PER_COLUMN = 4  # fewer tokens leave the fit rank-deficient or noisy, which its own residual cannot see
+RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)
+
+FIT, INNER, HELD_OUT = 0, 1, 2
+
+
+@dataclass(frozen=True, slots=True)
+class HealSettings:
+    """One heal.
+
+    method: "sequential": inputs from the already cut and healed layers before, targets from the dense model;
+        "local": inputs of the dense model too, each layer as if it alone were cut.
+    ridges: λ in units of tr(G_KK)/|K|; the best on an inner split of the items is taken. One: no inner split.
+    every: one item in so many is held out, and another is the inner split.
+    heal_all: refit layers without a dropped head as well, behind the first that has one (sequential only).
+    device, dtype: as in `observe`; None computes in the dtype that the checkpoint is stored in.
+    batch_tokens: padded positions that go through a layer together.
+    """
+
+    method: HealMethod = "sequential"
+    ridges: tuple[float, ...] = RIDGES
+    every: int = 8
+    heal_all: bool = False
+    device: str = "cpu"
+    dtype: str | None = None
+    batch_tokens: int = BATCH_TOKENS
+
+    def __post_init__(self) -> None:
+        if self.method not in ("sequential", "local"):
+            raise UsageError("there is no such heal", got=self.method, wanted="sequential or local")
+        good = [r for r in self.ridges if math.isfinite(r) and r > 0]
+        if not good or len(good) != len(self.ridges) or len(set(good)) != len(good):
+            raise UsageError(
+                "the ridges of a heal must be different positive numbers",
+                got=", ".join(map(str, self.ridges)) or "none",
+                wanted=f"for example {RIDGES[-2]}",
+                hint="no ridge at all makes a fit follow noise",
+            )
+        if self.every < 3:
+            raise UsageError("every is too small: two items in `every` are not fitted on", got=self.every, wanted="3")
+        if self.batch_tokens < 1:
+            raise UsageError("batch_tokens is too small", got=self.batch_tokens, wanted="at least 1")
+        if self.heal_all and self.method == "local":
+            raise UsageError("a local heal of a layer without a dropped head changes nothing", got="heal_all")
+
+    def identity(self, stored: str) -> dict[str, Json]:
+        """Every setting: a heal that resumes must not mix two of them.
+
+        Args:
+            stored: the checkpoint's own dtype: asking for it by name asks for nothing else.
+        """
+        fields = {**dataclasses.asdict(self), "ridges": list(self.ridges), "dtype": self.dtype or stored}
+        return {"version": HEAL_VERSION, **fields}
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One output projection to refit: module below the decoder layer, tensor on disk [H, units·head_dim]."""
+
+    layer: int
+    module: str
+    tensor: str
+    units: int
+    head_dim: int
+    kept: tuple[int, ...]
+
+    @property
+    def columns(self) -> I64:
+        """int64 [K]: the input columns of the kept heads."""
+        first = np.asarray(self.kept, np.int64)[:, None] * self.head_dim
+        return (first + np.arange(self.head_dim)).reshape(-1)
+
+    @property
+    def cuts(self) -> bool:
+        """Whether a head is dropped here."""
+        return len(self.kept) < self.units
+
+
+def jobs_of(base: Checkpoint, plan: Plan, *, heal_all: bool = False) -> dict[int, Job]:
+    """What to refit, by layer.
+
+    Raises:
+        UsageError: the plan is not about heads, or drops none.
+        CheckpointError: it was made for another checkpoint.
+    """
+    if plan.kind != "heads":
+        raise UsageError("only a cut of heads can be healed", got=plan.kind, wanted="heads")
+    check_plan(plan, base)
+    cut = sorted(layer for layer, one in plan.layers.items() if one.drop)
+    if not cut:
+        raise UsageError("the plan drops no head: there is nothing to heal", where=base.name)
+    names = base.tensors.keys()
+    jobs = {}
+    for layer in sorted({site.layer for site in base.sites if site.kind == "heads"}):
+        if layer not in cut and not (heal_all and layer > cut[0]):
+            continue
+        attention = base.family.attention(base.text_config, names, layer)
+        prefix = base.family.layer_prefix(names, layer)
+        kept = tuple(sorted(plan.layers[layer].keep)) if layer in plan.layers else tuple(range(attention.heads))
+        jobs[layer] = Job(
+            layer=layer,
+            module=attention.o.removeprefix(prefix).removesuffix(".weight"),
+            tensor=attention.o,
+            units=attention.heads,
+            head_dim=attention.head_dim,
+            kept=kept,
+        )
+    return jobs
+
+
+def split_items(corpus: Corpus, settings: HealSettings) -> I64:
+    """int64 [items]: FIT, INNER or HELD_OUT. Items in order of class, then as they come; of every `every`, one is
+    held out and one (with several ridges) is the inner split, so that every class with that many items has both.
+
+    Raises:
+        UsageError: too few items.
+    """
+    count = len(corpus.items)
+    if count < settings.every:
+        raise UsageError(
+            "the corpus has too few items to hold any out",
+            got=f"{count} items",
+            wanted=f"at least {settings.every}",
+            hint="a heal that is not measured on unseen text is not used: give more items",
+        )
+    order = sorted(range(count), key=lambda i: (corpus.items[i].cls, i))
+    out = np.full(count, FIT, np.int64)
+    for place, item in enumerate(order):
+        if place % settings.every == settings.every - 1:
+            out[item] = HELD_OUT
+        elif len(settings.ridges) > 1 and place % settings.every == (settings.every - 1) // 2:
+            out[item] = INNER
+    return out
+
+
+def refuse_few_samples(jobs: dict[int, Job], samples: int, tokens: int) -> None:
+    """The rank guard: SAMPLES_PER_COLUMN tokens for each kept column, in every layer.
+
+    A refit lies in the span of its samples: with fewer than |K| it would be decided by the ridge alone, and its own
+    residual would still look perfect.
+
+    Args:
+        samples: tokens that are fitted on; tokens: of the whole corpus.
+    Raises:
+        UsageError: too few.
+    """
+    widest = max(jobs.values(), key=lambda job: len(job.columns))
+    wanted = SAMPLES_PER_COLUMN * len(widest.columns)
+    if samples < wanted:
+        about = f", so a corpus of about {-(-wanted * tokens // samples)}" if samples else ""
+        raise UsageError(
+            "too few calibration tokens for a heal",
+            where=f"layer {widest.layer}: {len(widest.columns)} kept columns",
+            got=f"{samples} tokens to fit on, of {tokens}",
+            wanted=f"at least {wanted} tokens, {SAMPLES_PER_COLUMN} for each column{about}",
+            hint="give more text, or heal none",
+        )
