@@ -25,7 +25,7 @@ _TIE = 1e-12
 class _Removed:
     """The layer after the units P were removed and the others refitted: W′ its weights, H = (G + λI)⁻¹.
 
-    Shapes, u columns per unit, n units: gain [n] (inf for removed ones), s [p·u, p·u], z and t [p·u, d],
+    Shapes, u columns per unit, n units: gain [n] (inf for removed ones), s and n [p·u, p·u], z and left [p·u, d],
     h and v [n, u, u].
     """
 
@@ -34,7 +34,7 @@ class _Removed:
     gain: F64  # E(P ∪ {j}) − E(P)
     s: F64  # (H_PP)⁻¹
     z: F64  # s·H_P,: — what each removed column is predicted by
-    t: F64  # Λᵀ W′, Λ = W_P s
+    left: F64  # W_Pᵀ W′; s·left = Λᵀ W′ with Λ = W_P s
     n: F64  # Λᵀ Λ
     h: F64  # diagonal blocks of the kept columns' inverse Gram
     v: F64  # diagonal blocks of W′ᵀW′
@@ -147,7 +147,18 @@ class LayerCost:
             UsageError: a count that the balance does not allow, or a balance of another number of heads.
         """
         self._check_balance(balance, count)
-        return self._grow(range(len(balance.units)), count, balance)
+        units = balance.units
+        width = len(units[0]) * self.head_dim
+        gone: list[int] = []
+        heads: list[int] = []
+        while len(heads) < count:
+            gain = self._remove(tuple(sorted(gone)), width).gain
+            unit = self._cheapest(
+                (float(gain[j]), j) for j in range(len(units)) if balance.fits(heads, units[j], count)
+            )
+            gone.append(unit)
+            heads.extend(units[unit])
+        return tuple(heads)
 
     def swap(self, chosen: Sequence[int], balance: Balance) -> tuple[int, ...]:
         """Exchange one unit for another while that lowers E(P), the best exchange first; ascending heads.
@@ -158,17 +169,23 @@ class LayerCost:
             UsageError: see `greedy`.
         """
         self._check_balance(balance, len(set(chosen)))
+        units = self._descend(_units_of(chosen, balance), balance, set())
+        return tuple(h for unit in units for h in balance.units[unit])
+
+    def _descend(self, units: tuple[int, ...], balance: Balance, seen: set[tuple[int, ...]]) -> tuple[int, ...]:
+        """Exchanges until none gains; stops, too, at a set from which an earlier search went on."""
         width = len(balance.units[0]) * self.head_dim
-        now = self._remove(_units_of(chosen, balance), width)
-        while True:
+        before, cost = units, np.inf
+        while units not in seen:
+            now = self._remove(units, width)
+            if not now.cost < cost:  # what was predicted, computed anew: rounding must not go round in circles
+                return before
+            seen.add(units)
             found = self._best_exchange(now, balance)
             if found is None:
                 break
-            after = self._remove(found, width)
-            if not after.cost < now.cost:  # what was predicted, computed anew: rounding must not go round in circles
-                break
-            now = after
-        return tuple(h for unit in now.units for h in balance.units[unit])
+            before, cost, units = units, now.cost, found
+        return units
 
     def best(self, count: int, balance: Balance) -> tuple[int, ...]:
         """The cheapest set that was found, in the order in which its heads would go one by one.
@@ -179,32 +196,27 @@ class LayerCost:
         self._check_balance(balance, count)
         alone = (self.singles(), np.diag(self._pairs))
         starts = [self.greedy(count, balance), *(lowest(values, count, balance) for values in alone)]
-        found = [self.swap(start, balance) for start in dict.fromkeys(tuple(sorted(s)) for s in starts)]
-        winner = min(found, key=self.cost)
-        return self._grow(_units_of(winner, balance), count, balance)
+        seen: set[tuple[int, ...]] = set()
+        found = [self._descend(_units_of(start, balance), balance, seen) for start in starts]
+        units = balance.units
+        left = set(min(found, key=lambda one: self.cost(h for unit in one for h in units[unit])))
+        heads: list[int] = []
+        while left:
+            unit = self._cheapest((self.cost([*heads, *units[j]]), j) for j in sorted(left))
+            left.remove(unit)
+            heads.extend(units[unit])
+        return tuple(heads)
 
     def _check_balance(self, balance: Balance, count: int) -> None:
         if balance.heads != self.heads:
             raise UsageError("the balance is of another layer", got=balance.heads, wanted=f"{self.heads} heads")
         balance.require(count)
 
-    def _grow(self, candidates: Iterable[int], count: int, balance: Balance) -> tuple[int, ...]:
-        """Greedy elimination among these units; heads in the order in which they go."""
-        units, order = balance.units, list(candidates)
-        width = len(units[0]) * self.head_dim
-        gone: list[int] = []
-        heads: list[int] = []
-        while len(heads) < count:
-            gain = self._remove(tuple(sorted(gone)), width).gain
-            unit = self._first_lowest([(float(gain[j]), j) for j in order if balance.fits(heads, units[j], count)])
-            gone.append(unit)
-            heads.extend(units[unit])
-        return tuple(heads)
-
-    def _first_lowest(self, found: Sequence[tuple[float, int]]) -> int:
-        best, at = found[0]
+    def _cheapest(self, found: Iterable[tuple[float, int]]) -> int:
+        """The unit of the lowest cost; of equal ones the first."""
+        best, at = np.inf, -1
         for value, unit in found:
-            if value < best - self._tie:
+            if at < 0 or value < best - self._tie:
                 best, at = value, unit
         return at
 
@@ -247,7 +259,7 @@ class LayerCost:
             h[j] = inverse[at, at] - rows[:, at].T @ z[:, at]
             gain[j] = max(_trace_of_quotient(h[j], v[j]), 0.0)
         cost = float((a[block] * s).sum())
-        return _Removed(units, cost, gain, s=s, z=z, t=s @ (a_rows - az), n=s @ a[block] @ s, h=h, v=v)
+        return _Removed(units, cost, gain, s=s, z=z, left=a_rows - az, n=s @ a[block] @ s, h=h, v=v)
 
     @staticmethod
     def _columns(units: Sequence[int], u: int) -> I64:
@@ -260,19 +272,20 @@ def _exchanged(now: _Removed, i: int, others: Sequence[int]) -> list[float]:
     Undoing the removal of i is a rank-u change of everything `now` holds, with r = (s_ii)⁻¹, Z = z_ij, Y = r Z:
 
         E(P ∖ {i}) = E(P) − tr(n_ii r)
-        h_j ← h_j + Zᵀ Y,    v_j ← v_j + tᵀ_ij Y + Yᵀ t_ij + Yᵀ n_ii Y
+        h_j ← h_j + Zᵀ Y,    v_j ← v_j + tᵀ_ij Y + Yᵀ t_ij + Yᵀ n_ii Y,    t = Λᵀ W′
     """
     u = now.h.shape[1]
     here = slice(i * u, (i + 1) * u)
     r = np.linalg.inv(now.s[here, here])
     n = now.n[here, here]
+    t = now.s[here] @ now.left  # [u, d]
     without = now.cost - float((n * r.T).sum())
     out = []
     for j in others:
         at = slice(j * u, (j + 1) * u)
         z = now.z[here, at]
         y = r @ z
-        cross = now.t[here, at].T @ y
+        cross = t[:, at].T @ y
         out.append(without + _trace_of_quotient(now.h[j] + z.T @ y, now.v[j] + cross + cross.T + y.T @ n @ y))
     return out
 
