@@ -132,6 +132,31 @@ def test_an_untied_head_is_read(tmp_path: Path) -> None:
     assert torch.equal(streamed_logits(folder, ids), stock_logits(folder, ids, "bfloat16"))
 
 
+@pytest.mark.parametrize("experts", ["eager", "recording"])
+def test_gradients_are_those_of_the_stock_model(tmp_path: Path, experts: str) -> None:
+    """∂ loss / ∂ embedding, from the top down, one layer in memory; nothing of a graph is kept for later calls."""
+    folder, ids = make_tiny(tmp_path / "tiny", "moe", dtype="float32", initializer_range=0.2), token_ids(2, 19)
+    stock = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, experts_implementation="eager").eval()
+    entering = stock.get_input_embeddings()(ids).detach().requires_grad_()
+    wanted = torch.autograd.grad(stock(inputs_embeds=entering, use_cache=False).logits.logsumexp(-1).sum(), entering)[0]
+    with StreamedModel.open(open_checkpoint(folder), experts=experts) as model:
+        states = [model.embed(ids)]
+        for i in range(model.n_layers):
+            with model.layer(i) as layer:
+                states.append(model.run_layer(layer, states[-1]))
+        top = states.pop().requires_grad_()
+        gradient = torch.autograd.grad(model.head_with_grad(top).logsumexp(-1).sum(), top)[0]
+        for i in reversed(range(model.n_layers)):
+            with model.layer(i) as layer:
+                x = states.pop().requires_grad_()
+                gradient = torch.autograd.grad(model.run_layer_with_grad(layer, x), x, gradient)[0]
+        torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-5)
+        with model.layer(0) as layer:
+            assert not model.run_layer(layer, x).requires_grad
+        assert not model.head(top).requires_grad
+        assert all(tap.__dict__["give"] is None for tap in model._taps)
+
+
 def test_rotary_frequencies_stay_float32(folders: dict[str, Path]) -> None:
     with StreamedModel.open(open_checkpoint(folders["moe"]), dtype="bfloat16") as model:
         found = {n: b.dtype for n, b in model._text.rotary_emb.named_buffers()}
