@@ -18,10 +18,10 @@ from pathlib import Path
 
 from gemcut import models, stages, store
 from gemcut.checkpoint import open_checkpoint
-from gemcut.errors import QualityError, UsageError
-from gemcut.recipe import STAGES, Choice, Measure, Recipe, resolved
+from gemcut.errors import UsageError
+from gemcut.head_pipeline import HeadJob
+from gemcut.recipe import STAGES, Choice, Measure, PlanWords, Recipe, resolved
 from gemcut.runs import Progress, Run, Stage, Stages, lock
-from gemcut.types import KldResult
 
 STATISTICS = "statistics"  # inside the observe stage's folder
 MODEL = "model"  # inside a cut stage's folder
@@ -53,15 +53,22 @@ def run(
     with lock(result.folder):
         store.write_bytes(result.folder / "recipe.yaml", (source or resolved(recipe)).encode())
         store.write_bytes(result.folder / "resolved.yaml", resolved(recipe).encode())
-        _Job(result, force, progress).until(until)
+        job = HeadJob if recipe.plan.kind == "heads" else ExpertJob
+        job(result, force, progress).until(until)
     return result
 
 
-class _Job:
-    """One run of one recipe: each method is one stage and returns what the next ones stand on."""
+class ExpertJob:
+    """One run of one recipe about experts: each method is one stage and returns what the next ones stand on."""
 
     def __init__(self, result: Run, force: bool, progress: Progress | None) -> None:
+        assert isinstance(result.recipe.plan, PlanWords)
+        if result.recipe.heal is not None:
+            raise UsageError("a heal refits projections behind query heads", where="heal", wanted="plan.kind: heads")
+        if result.recipe.canary is not None:
+            raise UsageError("the canary stage belongs to recipes about heads", where="canary", hint="gemcut canary")
         self.recipe = result.recipe
+        self.words: PlanWords = result.recipe.plan
         self.result = result
         self.force = force
         self.progress = progress
@@ -92,17 +99,15 @@ class _Job:
             self.result.measured = stages.measured(measured.folder, list(cuts))
         if last >= STAGES.index("report"):
             self.report(observed, plans, verified)
-        _gate(self.recipe, self.result.measured or {}, self.chosen)
+        stages.kld_gate(self.recipe.kld, self.result.measured or {}, self.chosen)
 
     def observe(self) -> Stage:
         words = self.recipe.observe
         corpus = stages.read_corpus(words.corpus, self.base, words.max_tokens, words.max_tokens_per_item)
-        # what only bounds memory does not change the sums, so that it is no part of the key
-        settings = words.model_dump(mode="json", exclude={"corpus", "max_memory_gib", "batch_tokens"})
         return self.stage(
             "observe",
             "",
-            {"model": self.base.fingerprint, "corpus": corpus.hash, **settings},
+            stages.observe_key(self.base, corpus, words),
             (),
             lambda folder: stages.observe(
                 self.base, corpus, folder / STATISTICS, words, force=self.force, progress=self.progress
@@ -110,7 +115,7 @@ class _Job:
         )
 
     def plan(self, choice: Choice, observed: Stage) -> Stage:
-        words = self.recipe.plan
+        words = self.words
         return self.stage(
             "plan",
             choice.name,
@@ -164,7 +169,7 @@ class _Job:
         from gemcut import reporting  # matplotlib takes a second that the other stages need not wait for
 
         assert self.result.model is not None
-        kept = self.recipe.plan.keep
+        kept = self.words.keep
         name = f"{self.base.name.rpartition('/')[2].partition('@')[0].replace(':', '-')}-{kept}e"
         self.result.report = reporting.write(
             self.recipe,
@@ -189,18 +194,3 @@ def _choices(recipe: Recipe) -> list[Choice]:
             "two criteria of the recipe have the same name", got=", ".join(sorted(twice)), hint="give one a label"
         )
     return choices
-
-
-def _gate(recipe: Recipe, measured: Mapping[str, KldResult], chosen: str) -> None:
-    limit = recipe.kld.max_mean_nats if recipe.kld else None
-    if limit is None or chosen not in measured:
-        return
-    mean = next(row.mean for row in measured[chosen].rows if row.cls == "all")
-    if mean.value > limit:
-        raise QualityError(
-            "the KLD gate failed; the work is kept",
-            where=f"kld of {chosen}",
-            got=f"{mean.value:.4f} nats [{mean.low:.4f}, {mean.high:.4f}] (n = {mean.n} chunks)",
-            wanted=f"at most {limit:.4f}",
-            hint="keep more experts (--set plan.keep=…) or try another criterion (--set score.criterion=…)",
-        )

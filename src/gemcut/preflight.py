@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from gemcut import machine, models, records, stages, store
 from gemcut.checkpoint.read import Checkpoint
 from gemcut.errors import MissingError
-from gemcut.recipe import STAGES, Observe, Recipe
+from gemcut.recipe import STAGES, Observe, PlanWords, Recipe
 from gemcut.types import Plan
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def estimate(recipe: Recipe, runs: Path, *, until: str = "report") -> Preflight:
     )
     rates = machine.measure_rates(base.path / next(iter(base.shards)), runs)
     choices = 1 + len(recipe.compare)
-    kept = kept_bytes(base, recipe.plan.keep)
+    kept = kept_bytes(base, recipe.plan.keep) if isinstance(recipe.plan, PlanWords) else base.size_bytes
     costs = [_observe(base, corpus, recipe.observe, rates)]
     costs.append(StageCost("plan", "", 0, choices * _SMALL_WRITE_BYTES, _LIGHT_MEMORY_BYTES, None))
     costs.append(_copy("cut", choices * base.size_bytes, choices * kept, rates))

@@ -14,8 +14,9 @@ from gemcut.errors import UsageError
 from gemcut.types import Json
 
 SCHEMA = 1
-STAGES = ("observe", "plan", "cut", "verify", "kld", "report")
+STAGES = ("observe", "plan", "heal", "cut", "verify", "canary", "kld", "report")
 
+LayerRanges = Annotated[str, Field(pattern=r"^\d{1,4}(-\d{1,4})?(,\d{1,4}(-\d{1,4})?)*$")]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,79}$")]
 
 
@@ -67,11 +68,51 @@ class GuardWords(_Words):
 
 
 class PlanWords(_Words):
-    """Which units stay."""
+    """Which experts stay."""
 
     kind: Literal["experts"] = "experts"
     keep: int = Field(gt=0, description="experts kept in every layer")
     guards: GuardWords = Field(default_factory=GuardWords)
+
+
+class HeadWords(_Words):
+    """Which query heads stay."""
+
+    kind: Literal["heads"]
+    drop: float = Field(gt=0, description="query heads dropped per layer: a share below 1, or a count")
+    layers: LayerRanges | None = Field(default=None, description="for example 0-3,5; all of them by default")
+    mode: Literal["mask", "structural"] = Field(
+        default="mask", description="write zeros, or take rows and columns out and change the config's counts"
+    )
+
+
+class HealWords(_Words):
+    """The refit of what is left of each output projection."""
+
+    corpus: str | None = Field(default=None, description="what observe reads, by default")
+    max_tokens: int | None = Field(default=None, gt=0)
+    max_tokens_per_item: int = Field(default=4096, gt=1)
+    method: Literal["sequential", "local"] = Field(
+        default="sequential", description="inputs from the layers already cut and healed, or from the base"
+    )
+    ridges: tuple[float, ...] = Field(
+        default=(1e-4, 1e-3, 1e-2, 1e-1), description="tried on held-out items, in units of the mean diagonal"
+    )
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    device: str = "cpu"
+
+
+class CanaryWords(_Words):
+    """The gate that talks to the model; see `gemcut canary`."""
+
+    max_new_tokens: int = Field(default=48, ge=4, description="answers are cut off there")
+    newly_broken: float = Field(default=0.2, ge=0, le=1, description="most answers newly broken, as a share")
+    nll_ratio: float = Field(default=2.0, ge=1, description="most NLL of known-good answers, against the base")
+    salvage: bool = Field(
+        default=True, description="heads: search the largest set of layers that passes, restore the others"
+    )
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    device: str = "cpu"
 
 
 class Cut(_Words):
@@ -110,8 +151,10 @@ class Recipe(_Words):
     compare: tuple[Choice, ...] = Field(
         default=(), description="other criteria, cut and measured beside the chosen one"
     )
-    plan: PlanWords
+    plan: PlanWords | HeadWords = Field(discriminator="kind")
+    heal: HealWords | None = Field(default=None, description="heads only")
     cut: Cut = Field(default_factory=Cut)
+    canary: CanaryWords | None = None
     kld: Measure | None = None
     report: ReportWords = Field(default_factory=ReportWords)
 
@@ -240,6 +283,33 @@ def measure_words(said: dict[str, Json], sets: tuple[str, ...] = ()) -> Measure:
     return _part(Measure, said, sets)
 
 
+def head_words(said: dict[str, Json], sets: tuple[str, ...] = ()) -> HeadWords:
+    """The plan part of a recipe about heads, from the flags of a verb."""
+    return _part(HeadWords, {"kind": "heads", **said}, sets)
+
+
+def heal_words(said: dict[str, Json], sets: tuple[str, ...] = ()) -> HealWords:
+    """The heal part of a recipe, from the flags of a verb."""
+    return _part(HealWords, said, sets)
+
+
+def layers_of(text: str | None) -> tuple[int, ...] | None:
+    """Layer numbers of "0-3,5", ascending; None for all.
+
+    Raises:
+        UsageError: a range that runs backwards.
+    """
+    if text is None:
+        return None
+    found: set[int] = set()
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        if int(last or first) < int(first):
+            raise UsageError("a range of layers runs backwards", got=part, wanted=f"{last}-{first}")
+        found.update(range(int(first), int(last or first) + 1))
+    return tuple(sorted(found))
+
+
 def plan_words(keep: int, sets: tuple[str, ...] = ()) -> PlanWords:
     """The plan part of a recipe, from the flags of a verb."""
     return _part(PlanWords, {"keep": keep}, sets)
@@ -264,6 +334,12 @@ def _tuples(data: dict[str, Json]) -> dict[str, object]:
     compare = out.get("compare")
     if isinstance(compare, list):
         out["compare"] = tuple({"criterion": c} if isinstance(c, str) else c for c in compare)
+    plan = out.get("plan")
+    if isinstance(plan, dict):
+        out["plan"] = {"kind": "experts", **plan}
+    heal = out.get("heal")
+    if isinstance(heal, dict) and isinstance(heal.get("ridges"), list):
+        out["heal"] = {**heal, "ridges": tuple(heal["ridges"])}
     if isinstance(out.get("score"), str):
         out["score"] = {"criterion": out["score"]}
     return out

@@ -15,7 +15,7 @@ from safetensors.numpy import save as save_tensors
 from gemcut import checkpoint, records, score, shipped, store, surgery
 from gemcut import plan as planning
 from gemcut.checkpoint import Checkpoint, VerifyReport, open_checkpoint
-from gemcut.errors import UsageError
+from gemcut.errors import QualityError, UsageError
 from gemcut.recipe import Choice, GuardWords, Measure, Observe, PlanWords
 from gemcut.types import Json, KldResult, Manifest, Plan
 
@@ -64,6 +64,12 @@ def observe(
     use_free_cores()
     room(base, corpus, out, settings=observe_settings(words), force=force, progress=progress)
     return out
+
+
+def observe_key(base: Checkpoint, corpus: Corpus, words: Observe) -> dict[str, object]:
+    """What an observation depends on. What only bounds memory does not change the sums."""
+    settings = words.model_dump(mode="json", exclude={"corpus", "max_memory_gib", "batch_tokens"})
+    return {"model": base.fingerprint, "corpus": corpus.hash, **settings}
 
 
 def observe_settings(words: Observe) -> ObserveSettings:
@@ -261,7 +267,11 @@ def verify_cut(
 
 def verified(model: Path, base: Checkpoint, plan_file: Path, folder: Path, *, progress: Progress | None = None) -> None:
     """`verify_cut`, with its answer kept for the report."""
-    found = checks(verify_cut(model, base, plan_file, progress=progress))
+    save_checks(checks(verify_cut(model, base, plan_file, progress=progress)), folder)
+
+
+def save_checks(found: list[Check], folder: Path) -> None:
+    """Keep what a verification rests on; only what passed ever gets here."""
     store.write_json(folder / CHECKS, {"checks": [{"name": c.name, "detail": c.detail} for c in found]})
 
 
@@ -344,3 +354,19 @@ def devices() -> list[str]:
     from gemcut.stream.devices import device_names
 
     return list(device_names())
+
+
+def kld_gate(words: Measure | None, measured: Mapping[str, KldResult], chosen: str) -> None:
+    """QualityError where the chosen candidate's mean KLD exceeds the recipe's gate; the work is kept."""
+    limit = words.max_mean_nats if words else None
+    if limit is None or chosen not in measured:
+        return
+    mean = next(row.mean for row in measured[chosen].rows if row.cls == "all")
+    if mean.value > limit:
+        raise QualityError(
+            "the KLD gate failed; the work is kept",
+            where=f"kld of {chosen}",
+            got=f"{mean.value:.4f} nats [{mean.low:.4f}, {mean.high:.4f}] (n = {mean.n} chunks)",
+            wanted=f"at most {limit:.4f}",
+            hint="cut less (--set plan.keep=… or plan.drop=…) or try another criterion (--set score.criterion=…)",
+        )

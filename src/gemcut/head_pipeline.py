@@ -1,0 +1,280 @@
+"""The order of stages of a recipe about heads; see `pipeline` for the run folder.
+
+    observe → (importance) → plan → heal → cut → verify → canary → (salvage) → kld → report
+
+Where the canary fails and the recipe allows it, the largest set of layers that passes stays cut and the others get the
+base's bytes back: a second cut, verified and measured like the first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from gemcut import head_stages, models, records, stages, store
+from gemcut.checkpoint import open_checkpoint
+from gemcut.errors import QualityError, UsageError
+from gemcut.recipe import STAGES, CanaryWords, Choice, HeadWords, HealWords, Measure, Recipe
+from gemcut.records.canary import CanaryResult, load_canary
+from gemcut.records.importance import load_importance
+from gemcut.runs import Progress, Run, Stage, Stages
+from gemcut.score.heads import head_criterion_named
+from gemcut.types import Plan
+
+STATISTICS = "statistics"
+IMPORTANCE = "importance"
+HEALED = "healed"
+MODEL = "model"
+ANSWERS = "base-answers.json"
+CANARY = "canary.json"
+
+
+class HeadJob:
+    """One run of one recipe about heads."""
+
+    def __init__(self, result: Run, force: bool, progress: Progress | None) -> None:
+        recipe = result.recipe
+        assert isinstance(recipe.plan, HeadWords)
+        if recipe.compare:
+            raise UsageError(
+                "a recipe about heads measures one criterion at a time",
+                where="compare",
+                hint="one recipe for each, or --set score=…",
+            )
+        self.recipe: Recipe = recipe
+        self.words: HeadWords = recipe.plan
+        self.result = result
+        self.force = force
+        self.progress = progress
+        self.stage = Stages(result, force=force)
+        self.base = models.open_model(recipe.model)
+        self.name = recipe.score.name
+
+    def until(self, name: str) -> None:
+        """Every stage in order, up to the one of this name."""
+        last = STAGES.index(name)
+        observed = self.observe()
+        if last < STAGES.index("plan"):
+            return
+        planned = self.plan(self.recipe.score, observed)
+        plan_file = planned.folder / stages.PLAN
+        plan = records.load_plan(plan_file)
+        if last < STAGES.index("heal"):
+            return
+        heal = self.heal(self.recipe.heal, plan_file, plan, planned) if self.recipe.heal is not None else None
+        if last < STAGES.index("cut"):
+            return
+        cut = self.cut("", plan_file, plan, heal, planned)
+        self.result.chosen, self.result.model = self.name, cut.folder / MODEL
+        if last < STAGES.index("verify"):
+            return
+        verified = self.verify("", plan_file, plan, heal, cut)
+        asked: Stage | None = None
+        if last >= STAGES.index("canary") and self.recipe.canary is not None:
+            asked = self.canary("", self.recipe.canary, cut)
+            if not load_canary(asked.folder / CANARY).passed:
+                plan_file, cut, verified, asked = self.salvage(self.recipe.canary, plan_file, heal, planned, cut, asked)
+                plan = records.load_plan(plan_file)
+                self.result.model = cut.folder / MODEL
+        if last >= STAGES.index("kld") and self.recipe.kld is not None:
+            measured = self.measure(self.recipe.kld, cut)
+            self.result.measured = stages.measured(measured.folder, [self.name])
+        if last >= STAGES.index("report"):
+            self.report(plan, planned, heal, verified, asked)
+        stages.kld_gate(self.recipe.kld, self.result.measured or {}, self.name)
+
+    # ------------------------------------------------------------ one method per stage
+
+    def observe(self) -> Stage:
+        words = self.recipe.observe
+        corpus = stages.read_corpus(words.corpus, self.base, words.max_tokens, words.max_tokens_per_item)
+        return self.stage(
+            "observe",
+            "",
+            stages.observe_key(self.base, corpus, words),
+            (),
+            lambda folder: stages.observe(
+                self.base, corpus, folder / STATISTICS, words, force=self.force, progress=self.progress
+            ),
+        )
+
+    def importance(self, criterion: str) -> Stage:
+        words = self.recipe.observe
+        corpus = stages.read_corpus(words.corpus, self.base, words.max_tokens, words.max_tokens_per_item)
+        return self.stage(
+            "importance",
+            criterion,
+            {"model": self.base.fingerprint, "corpus": corpus.hash, "method": criterion, "dtype": words.dtype},
+            (),
+            lambda folder: head_stages.importance(
+                self.base,
+                corpus,
+                criterion,
+                folder / IMPORTANCE,
+                dtype=words.dtype,
+                device=words.device,
+                force=True,
+                progress=self.progress,
+            ),
+        )
+
+    def plan(self, choice: Choice, observed: Stage) -> Stage:
+        measured = self.importance(choice.criterion) if head_criterion_named(choice.criterion).measured else None
+        parents = (observed.key, *((measured.key,) if measured else ()))
+
+        def build(folder: Path) -> None:
+            found = load_importance(measured.folder / IMPORTANCE) if measured else None
+            planned = head_stages.plan_heads(
+                self.base, observed.folder / STATISTICS, choice, self.words, found, progress=self.progress
+            )
+            records.save_scores(planned.scores, folder / stages.SCORES, force=True)
+            stages.save_plan(planned.plan, folder / stages.PLAN, force=True)
+
+        params = {"choice": choice.model_dump(mode="json"), "plan": self.words.model_dump(mode="json")}
+        return self.stage("plan", choice.name, params, parents, build)
+
+    def heal(self, words: HealWords, plan_file: Path, plan: Plan, planned: Stage) -> Stage:
+        corpus = stages.read_corpus(
+            words.corpus or self.recipe.observe.corpus, self.base, words.max_tokens, words.max_tokens_per_item
+        )
+        settings = words.model_dump(mode="json", exclude={"corpus"})
+        return self.stage(
+            "heal",
+            "",
+            {
+                "model": self.base.fingerprint,
+                "plan": store.sha256_file(plan_file),
+                "corpus": corpus.hash,
+                **settings,
+            },
+            (planned.key,),
+            lambda folder: head_stages.heal(
+                self.base, plan, corpus, words, folder / HEALED, force=self.force, progress=self.progress
+            ),
+        )
+
+    def cut(self, label: str, plan_file: Path, plan: Plan, heal: Stage | None, parent: Stage) -> Stage:
+        link = self.recipe.cut.link
+        return self.stage(
+            "cut",
+            label,
+            {"model": self.base.fingerprint, "plan": store.sha256_file(plan_file), "link": link},
+            (parent.key, *((heal.key,) if heal else ())),
+            lambda folder: head_stages.cut(
+                self.base, plan, _healed(heal), folder / MODEL, link=link, force=True, progress=self.progress
+            ),
+        )
+
+    def verify(self, label: str, plan_file: Path, plan: Plan, heal: Stage | None, cut: Stage) -> Stage:
+        def build(folder: Path) -> None:
+            found = head_stages.verify(cut.folder / MODEL, self.base, plan, _healed(heal), progress=self.progress)
+            stages.save_checks(stages.checks(found), folder)
+
+        return self.stage("verify", label, {"model": self.base.fingerprint}, (cut.key,), build)
+
+    def canary(self, label: str, words: CanaryWords, cut: Stage) -> Stage:
+        return self.stage(
+            "canary",
+            label,
+            {"model": self.base.fingerprint, **words.model_dump(mode="json", exclude={"salvage"})},
+            (cut.key,),
+            lambda folder: head_stages.canary(
+                self.base,
+                cut.folder / MODEL,
+                words,
+                self._answers(words),
+                folder / CANARY,
+                progress=self.progress,
+            ),
+        )
+
+    def salvage(
+        self, words: CanaryWords, plan_file: Path, heal: Stage | None, planned: Stage, cut: Stage, asked: Stage
+    ) -> tuple[Path, Stage, Stage, Stage]:
+        """The largest set of layers that passes: its plan, cut, verification and canary."""
+        if not words.salvage:
+            _refuse(load_canary(asked.folder / CANARY))
+        plan = records.load_plan(plan_file)
+        scores = records.load_scores(planned.folder / stages.SCORES)
+        lost = {
+            layer: float(sum(scores.values[scores.layers.index(layer), unit] for unit in one.drop))
+            for layer, one in plan.layers.items()
+        }
+        damage = head_stages.damage_of(plan, lost, _healed(heal))
+
+        def build(folder: Path) -> None:
+            rescue = head_stages.rescue(
+                self.base, plan, damage, _healed(heal), words, self._answers(words), folder, progress=self.progress
+            )
+            stages.save_plan(rescue.plan, folder / stages.PLAN, force=True)
+
+        found = self.stage("salvage", "", {"damage": {str(k): v for k, v in damage.items()}}, (asked.key,), build)
+        rest_file = found.folder / stages.PLAN
+        rest = records.load_plan(rest_file)
+        second = self.cut("salvaged", rest_file, rest, heal, found)
+        verified = self.verify("salvaged", rest_file, rest, heal, second)
+        again = self.canary("salvaged", words, second)
+        _refuse(load_canary(again.folder / CANARY))
+        return rest_file, second, verified, again
+
+    def measure(self, words: Measure, cut: Stage) -> Stage:
+        corpus = stages.read_corpus(words.corpus, self.base, words.max_tokens, words.max_tokens_per_item)
+        settings = words.model_dump(mode="json", exclude={"corpus", "max_mean_nats"})
+        return self.stage(
+            "kld",
+            "",
+            {"model": self.base.fingerprint, "corpus": corpus.hash, **settings},
+            (cut.key,),
+            lambda folder: stages.kld(
+                self.base, {self.name: cut.folder / MODEL}, corpus, words, folder, progress=self.progress
+            ),
+        )
+
+    def report(self, plan: Plan, planned: Stage, heal: Stage | None, verified: Stage, asked: Stage | None) -> None:
+        from gemcut import reporting  # matplotlib takes a second that the other stages need not wait for
+
+        assert self.result.model is not None
+        dropped = max((len(one.drop) for one in plan.layers.values()), default=0)
+        name = f"{self.base.name.rpartition('/')[2].partition('@')[0].replace(':', '-')}-h{plan.units - dropped}"
+        self.result.report = reporting.write_heads(
+            self.recipe,
+            self.base,
+            open_checkpoint(self.result.model, name),
+            plan=plan,
+            scores=records.load_scores(planned.folder / stages.SCORES),
+            heal=_healed(heal),
+            canary=None if asked is None else load_canary(asked.folder / CANARY),
+            checks=stages.load_checks(verified.folder),
+            measured=self.result.measured or {},
+            times=[(s.folder.name.rsplit("-", 1)[0], s.seconds, s.peak_rss_bytes) for s in self.result.done],
+            out=self.result.folder / "report",
+        )
+
+    def _answers(self, words: CanaryWords) -> Path:
+        """Where the base's answers are kept; other settings are other answers, and a stale file would be refused."""
+        key = store.fingerprint({"settings": head_stages.canary_settings(words).identity()})[:12]
+        return self.result.folder / f"{Path(ANSWERS).stem}-{key}.json"
+
+
+def _healed(heal: Stage | None) -> Path | None:
+    return None if heal is None else heal.folder / HEALED
+
+
+def _refuse(result: CanaryResult) -> None:
+    """QualityError where the canary failed; the work is kept."""
+    if result.passed:
+        return
+    if not result.base_sound:
+        raise QualityError(
+            "the base itself does not talk: no cut of it can be judged",
+            where=result.base,
+            hint="is this a base for chat, whole, with its own tokenizer and template?",
+        )
+    failed: Mapping[str, object] = {f"{c.style}, {'BOS' if c.bos else 'no BOS'}": c.reasons for c in result.conditions}
+    reasons = next(f"{where}: {'; '.join(map(str, why))}" for where, why in failed.items() if why)  # type: ignore[call-overload]
+    raise QualityError(
+        "the canary failed; the work is kept",
+        where=result.candidate,
+        got=reasons[:200],
+        hint="canary.salvage: true searches the layers that may stay cut",
+    )

@@ -1,0 +1,288 @@
+"""Stages of a head cut: importance, plan, heal, cut, canary, and the search for the layers that may stay cut."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from gemcut import checkpoint, store, surgery
+from gemcut import plan as planning
+from gemcut.canary import CanarySettings, against, base_of
+from gemcut.canary.settings import Limits
+from gemcut.checkpoint import Checkpoint, VerifyReport, open_checkpoint
+from gemcut.errors import QualityError, UsageError
+from gemcut.families.heads import mode_of
+from gemcut.plan.salvage import Salvaged, keep_layers, salvage
+from gemcut.recipe import CanaryWords, Choice, HeadWords, HealWords, layers_of
+from gemcut.records.canary import Answers, CanaryResult, save_canary
+from gemcut.records.heal import HEAL_FILE, HealReport, load_heal
+from gemcut.records.importance import save_importance
+from gemcut.score.heads import head_criterion_named, score_heads
+from gemcut.surgery.heal.edits import heal_edits
+from gemcut.types import Edits, HeadImportance, Json, Manifest, Plan
+
+if TYPE_CHECKING:
+    from gemcut.stream.corpus import Corpus
+
+Progress = Callable[[int, int, str], None]
+
+SALVAGE = "salvage.json"
+
+
+# ---------------------------------------------------------------- importance and plan
+
+
+def importance(
+    base: Checkpoint,
+    corpus: Corpus,
+    method: str,
+    out: Path | None,
+    *,
+    dtype: str = "auto",
+    device: str = "cpu",
+    force: bool = False,
+    progress: Progress | None = None,
+) -> HeadImportance:
+    """What the loss says about every head: "loo" or "taylor", on a corpus; kept in a folder where `out` is given."""
+    from gemcut.ablate import loo, taylor
+    from gemcut.stream.devices import use_free_cores
+
+    methods = {"loo": loo, "taylor": taylor}
+    if method not in methods:
+        raise UsageError("there is no such method", got=method, wanted=" or ".join(methods))
+    if out is not None:
+        store.refuse_existing(out, force=force)
+    use_free_cores()
+    found = methods[method](base, corpus, device=device, dtype=None if dtype == "auto" else dtype, progress=progress)
+    if out is not None:
+        save_importance(found, out, force=force)
+    return found
+
+
+def head_count(base: Checkpoint, drop: float) -> int:
+    """Query heads that a share (below 1) or a count means for one layer."""
+    heads = next((site.units for site in base.sites if site.kind == "heads"), 0)
+    return int(drop) if drop >= 1 else int(drop * heads + 0.5)
+
+
+def plan_heads(
+    base: Checkpoint,
+    statistics: Path,
+    choice: Choice,
+    words: HeadWords,
+    measured: HeadImportance | None = None,
+    *,
+    progress: Progress | None = None,
+) -> planning.PlannedHeads:
+    """Score by one criterion and decide which query heads stay.
+
+    Args:
+        measured: for criteria that need the whole model (`loo`, `taylor`).
+    """
+    layers = layers_of(words.layers)
+    rows = _rows_of(base, measured, choice.criterion, layers)
+    scores = score_heads(
+        base,
+        statistics,
+        choice.criterion,
+        drop=head_count(base, words.drop),
+        mode=words.mode,
+        layers=layers,
+        importance=rows,
+        params=choice.params,
+        progress=progress,
+    )
+    names = base.tensors.keys()
+    every = sorted({site.layer for site in base.sites if site.kind == "heads"})
+    shapes = {layer: base.family.attention(base.text_config, names, layer) for layer in every}
+    return planning.plan_heads(scores, shapes, drop=words.drop, layers=layers, mode=words.mode)
+
+
+def _rows_of(
+    base: Checkpoint, measured: HeadImportance | None, criterion: str, layers: tuple[int, ...] | None
+) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]] | None:
+    if not head_criterion_named(criterion).measured:
+        return None
+    if measured is None:
+        raise UsageError(
+            f"the criterion {criterion!r} is measured on the whole model",
+            hint=f"gemcut ablate MODEL --method {criterion} -o DIR, then plan heads … --importance DIR",
+        )
+    if measured.model_fingerprint != base.fingerprint:
+        raise UsageError("the importance was measured on another model", where=base.name)
+    if measured.method != criterion:
+        raise UsageError("the importance is of another method", got=measured.method, wanted=criterion)
+    wanted = measured.layers if layers is None else layers
+    absent = sorted(set(wanted) - set(measured.layers))
+    if absent:
+        raise UsageError("the importance says nothing about a layer", where=f"layer {absent[0]}")
+    return measured.values[[measured.layers.index(layer) for layer in sorted(wanted)]]
+
+
+# ---------------------------------------------------------------- heal and cut
+
+
+def heal(
+    base: Checkpoint,
+    plan: Plan,
+    corpus: Corpus,
+    words: HealWords,
+    out: Path,
+    *,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> HealReport:
+    """Refit what is left of each output projection; goes on where a killed heal stopped."""
+    from gemcut.stream.devices import use_free_cores
+    from gemcut.surgery.heal.settings import HealSettings
+    from gemcut.surgery.heal.stream import heal as room
+
+    use_free_cores()
+    settings = HealSettings(
+        method=words.method,
+        ridges=words.ridges,
+        device=words.device,
+        dtype=None if words.dtype == "auto" else words.dtype,
+    )
+    return room(base, plan, corpus, out, settings=settings, force=force, progress=progress)
+
+
+def edits_of(base: Checkpoint, plan: Plan, healed: Path | None) -> Edits:
+    """What a plan of heads means for each tensor, with the healed projections where there are any."""
+    edits = surgery.edits_for(plan, base)
+    # of a salvaged plan some layers are as in the base: their heal is left out as well
+    return edits if healed is None else heal_edits(healed, edits, layers=plan.layers.keys())
+
+
+def cut(
+    base: Checkpoint,
+    plan: Plan,
+    healed: Path | None,
+    out: Path,
+    *,
+    link: bool = True,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> Manifest:
+    """Write the checkpoint with heads cut and projections healed; the manifest comes from its bytes."""
+    edits, config = edits_of(base, plan, healed), surgery.config_for(plan, base)
+    return checkpoint.write_checkpoint(base, edits, config, out, link=link, force=force, progress=progress).manifest
+
+
+def verify(
+    model: Path, base: Checkpoint, plan: Plan, healed: Path | None, *, progress: Progress | None = None
+) -> VerifyReport:
+    """Bytes against plan, heal and record; CheckpointError where they disagree."""
+    edits, config = edits_of(base, plan, healed), surgery.config_for(plan, base)
+    return checkpoint.verify(open_checkpoint(model), base, edits=edits, config=config, progress=progress)
+
+
+# ---------------------------------------------------------------- canary and salvage
+
+
+def canary_settings(words: CanaryWords) -> CanarySettings:
+    """The room's settings from the recipe's words."""
+    return CanarySettings(
+        max_new_tokens=words.max_new_tokens,
+        dtype=None if words.dtype == "auto" else words.dtype,
+        device=words.device,
+        limits=Limits(newly_broken=words.newly_broken, nll_ratio=words.nll_ratio),
+    )
+
+
+def canary(
+    base: Checkpoint,
+    candidate: Path,
+    words: CanaryWords,
+    answers_file: Path,
+    record: Path,
+    *,
+    progress: Progress | None = None,
+) -> CanaryResult:
+    """Ask the candidate what the base was asked; the base's answers are kept beside for the next candidate."""
+    settings = canary_settings(words)
+    answers = base_of(base, settings, answers_file, progress)
+    result = against(answers, open_checkpoint(candidate), settings, progress)
+    save_canary(result, record)
+    return result
+
+
+@dataclass(frozen=True, slots=True)
+class Rescue:
+    """What is left of a plan after its canary failed. `plan` names the layers that stay cut."""
+
+    plan: Plan
+    found: Salvaged
+    canary: CanaryResult | None
+
+
+def damage_of(plan: Plan, scores_by_layer: Mapping[int, float], healed: Path | None) -> dict[int, float]:
+    """Harm of each layer's cut, for the order of the search: the held-out residual of the written weights where a heal
+    measured it, else what the criterion says of the dropped heads."""
+    if healed is not None:
+        report = load_heal(healed / HEAL_FILE)
+        return {
+            one.layer: one.held_out_after if one.used else one.held_out_before
+            for one in report.layers
+            if one.layer in plan.layers
+        }
+    return {layer: scores_by_layer[layer] for layer, one in plan.layers.items() if one.drop}
+
+
+def rescue(
+    base: Checkpoint,
+    plan: Plan,
+    damage: Mapping[int, float],
+    healed: Path | None,
+    words: CanaryWords,
+    answers_file: Path,
+    folder: Path,
+    *,
+    progress: Progress | None = None,
+) -> Rescue:
+    """Search the largest set of layers that passes the canary; every trial is written, asked, recorded and removed.
+
+    Raises:
+        QualityError: not one layer passes, or the plan is structural: its layers cannot be restored one by one.
+    """
+    if mode_of(plan) == "structural":
+        raise QualityError(
+            "a structural cut cannot be salvaged: config.json has one head count for all layers",
+            hint="drop fewer heads, or plan with mode mask",
+        )
+    settings = canary_settings(words)
+    answers: Answers = base_of(base, settings, answers_file, progress)
+    results: dict[tuple[int, ...], CanaryResult] = {}
+
+    def passes(layers: tuple[int, ...]) -> bool:
+        out = folder / "trial"
+        cut(base, keep_layers(plan, layers), healed, out, force=True)
+        results[layers] = against(answers, open_checkpoint(out, base.name), settings, progress)
+        shutil.rmtree(out)
+        return results[layers].passed
+
+    found = salvage(damage, passes)
+    store.write_json(folder / SALVAGE, salvage_record(found, damage))
+    if not found.layers:
+        raise QualityError(
+            "not one layer of the cut passes the canary; the work is kept",
+            got=f"{len(found.trials)} sets of layers tried",
+            hint="drop fewer heads, heal on more text, or loosen canary.newly_broken",
+        )
+    return Rescue(keep_layers(plan, found.layers), found, results[found.layers])
+
+
+def salvage_record(found: Salvaged, damage: Mapping[int, float]) -> dict[str, Json]:
+    """salvage.json: what was tried, in order, and what stayed."""
+    return {
+        "schema": 1,
+        "kept_layers": list(found.layers),
+        "restored_layers": list(found.restored),
+        "damage": {str(layer): value for layer, value in sorted(damage.items())},
+        "trials": [{"layers": list(trial.layers), "passed": trial.passed} for trial in found.trials],
+    }
