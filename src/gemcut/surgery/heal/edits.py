@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 from gemcut.checkpoint.gather import replacing_hash
@@ -11,7 +12,7 @@ from gemcut.records.heal import HEAL_FILE, LayerHeal, load_heal
 from gemcut.types import Edit, Edits, Mask, Replace, Take
 
 
-def heal_edits(folder: Path, edits: Edits) -> dict[str, Edit]:
+def heal_edits(folder: Path, edits: Edits, *, layers: Collection[int] | None = None) -> dict[str, Edit]:
     """The edits of a head cut with the healed projections in them, where the heal is used; the others stay.
 
     A mask over the columns of dropped heads becomes the healed tensor, which has zeros there; a take of the columns
@@ -20,12 +21,15 @@ def heal_edits(folder: Path, edits: Edits) -> dict[str, Edit]:
     Args:
         folder: what `stream.heal` or `stored.heal_stored` wrote.
         edits: what the plan means without a heal.
+        layers: take the heal of these only, where a plan was reduced to some of its layers; None: of all.
     Raises:
         UsageError: the folder holds no heal.
         CheckpointError: the heal was made for another plan, or a healed tensor is not what was recorded.
     """
     out = dict(edits)
     for one in load_heal(folder / HEAL_FILE).layers:
+        if layers is not None and one.layer not in layers:
+            continue
         then = _check_cut(one, edits.get(one.tensor))
         if one.file is None:
             continue
