@@ -30,6 +30,7 @@ EXAMPLES = {
     "verify": "gemcut verify small --base demo:moe --plan plan.json",
     "diff": "gemcut diff demo:moe small\ngemcut diff plan-a.json plan-b.json",
     "kld": "gemcut kld demo:moe small --corpus demo:heldout",
+    "canary": "gemcut canary demo:dense small --base-answers answers.json -o canary",
     "run": "gemcut run gemma4-26b-98e --set observe.corpus=my.jsonl --set kld.corpus=heldout.jsonl --dry-run",
     "list": "gemcut list criteria",
     "show": "gemcut show gemma4-26b-98e\ngemcut show schema",

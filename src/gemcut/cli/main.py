@@ -24,6 +24,10 @@ VERBS: dict[str, tuple[str, str]] = {
         "Tensor by tensor between two checkpoints, or drop by drop between two plans.",
     ),
     "kld": ("gemcut.cli.measure:kld", "KL divergence of candidates from a base, streamed, no logits on disk."),
+    "canary": (
+        "gemcut.cli.canary:canary",
+        "Does the model still talk? Greedy answers of base and candidate, held side by side.",
+    ),
     "run": ("gemcut.cli.run:run", "Run a recipe: observe, plan, cut, verify, kld, report. Resumes."),
     "list": ("gemcut.cli.about:list_", "What there is: recipes, criteria, families."),
     "show": ("gemcut.cli.about:show", "Print a recipe, a criterion's definition, or the recipe schema."),

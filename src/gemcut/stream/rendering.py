@@ -145,6 +145,20 @@ def render_messages(tokenizer: Tokenizer, messages: Sequence[Message], where: st
     return _with_bos(tokenizer, _encode(tokenizer, text), "template", where, spliced=len(lost))
 
 
+def render_question(tokenizer: Tokenizer, question: str, where: str, *, thinking: bool) -> Rendered:
+    """One user turn and the opening of the model's, as the template writes them for generation.
+
+    Raises:
+        CheckpointError: the folder has no chat template.
+        UsageError: the template refuses the message, or BOS stands inside the text.
+    """
+    if tokenizer.template is None:
+        raise CheckpointError("the checkpoint has no chat template", where=where, hint="add chat_template.jinja")
+    turns = [{"role": "user", "content": question}]
+    text = _apply(tokenizer, turns, thinking=thinking, where=where, answer=True)
+    return _with_bos(tokenizer, _encode(tokenizer, text), "template", where, spliced=0)
+
+
 def _splice(tokenizer: Tokenizer, text: str, mark: str, reasoning: str, where: str) -> str:
     vocab = tokenizer.inner.get_vocab()
     if CHANNEL_OPEN not in vocab or CHANNEL_CLOSE not in vocab or text.count(mark) != 1:
@@ -156,10 +170,12 @@ def _splice(tokenizer: Tokenizer, text: str, mark: str, reasoning: str, where: s
     return text.replace(mark, f"{CHANNEL_OPEN}thought\n{reasoning.strip()}\n{CHANNEL_CLOSE}")
 
 
-def _apply(tokenizer: Tokenizer, turns: Sequence[Mapping[str, str]], *, thinking: bool, where: str) -> str:
+def _apply(
+    tokenizer: Tokenizer, turns: Sequence[Mapping[str, str]], *, thinking: bool, where: str, answer: bool = False
+) -> str:
     try:
         text = tokenizer.inner.apply_chat_template(
-            [dict(turn) for turn in turns], tokenize=False, add_generation_prompt=False, enable_thinking=thinking
+            [dict(turn) for turn in turns], tokenize=False, add_generation_prompt=answer, enable_thinking=thinking
         )
     except (jinja2.TemplateError, TypeError, KeyError) as error:
         raise UsageError(f"the chat template refuses the messages: {error}", where=where) from error
