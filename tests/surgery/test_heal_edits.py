@@ -136,4 +136,5 @@ def test_edits_fit_the_checkpoint(base: Checkpoint, plan: Plan, healed: Path) ->
     edits = heal_edits(healed, edits_for(plan, base))
     check_edits(base.tensors, edits)
     masks = [edit for edit in edits.values() if isinstance(edit, Mask)]
-    assert len(masks) in (0, 6)  # what the plan itself masks of q_proj stays as it was
+    assert {(mask.axis, len(mask.index)) for mask in masks} == {(0, 32), (0, 64)}  # q_proj rows, as the plan has them
+    assert len(masks) == 6

@@ -93,7 +93,8 @@ def test_the_residual_is_that_of_the_rows() -> None:
 def test_moments_add_up() -> None:
     x, _, y = data()
     whole = moments(x[:, KEEP], y)
-    parts = moments(x[:100, KEEP], y[:100]).plus(moments(x[100:, KEEP], y[100:]))
+    parts = moments(x[:100, KEEP], y[:100])
+    parts.absorb(moments(x[100:, KEEP], y[100:]))
     torch.testing.assert_close(parts.g, whole.g, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(parts.c, whole.c, rtol=1e-12, atol=1e-12)
     assert (parts.n, parts.yy) == (T, pytest.approx(whole.yy, rel=1e-12))

@@ -21,7 +21,7 @@ from gemcut.checkpoint.read import Checkpoint, open_checkpoint
 from gemcut.errors import CheckpointError, GemcutError, UsageError
 from gemcut.observe.run import observe
 from gemcut.observe.settings import ObserveSettings
-from gemcut.records.heal import HEAL_FILE, HealReport, load_heal
+from gemcut.records.heal import HEAL_FILE, load_heal
 from gemcut.stream.corpus import Corpus
 from gemcut.stream.model import StreamedModel
 from gemcut.surgery.heal.settings import FIT, HELD_OUT, INNER, HealSettings, jobs_of, split_items
@@ -95,6 +95,7 @@ def test_every_layer_beats_the_cut_alone_on_text_it_has_not_seen(whole: Path, pl
         assert set(map(float, one.ridge_residuals)) == set(SETTINGS.ridges)
         assert 1 < one.condition < 1e9
         assert one.lam > 0
+    assert report.used == tuple(sorted(DROP))
     assert report.items == 48
     assert report.held_out_items == 6
     assert {p.name for p in whole.iterdir()} == {HEAL_FILE, *(f"layer-{layer:03d}.safetensors" for layer in DROP)}
@@ -367,19 +368,3 @@ def test_killed_at_any_moment(base: Checkpoint, plan: Plan, corpus: Corpus, whol
             shutil.rmtree(out)
     heal(base, plan, corpus, out, settings=SETTINGS)
     assert contents(out) == contents(whole)
-
-
-def test_the_record_is_checked(whole: Path, tmp_path: Path) -> None:
-    report: HealReport = load_heal(whole / HEAL_FILE)
-    assert report.used == tuple(sorted(DROP))
-    text = (whole / HEAL_FILE).read_text()
-    for old, new in [
-        ('"used": true', '"used": false'),
-        ("layer-000.safe", "../layer-0.safe"),
-        ('"schema": 1', '"schema": 2'),
-    ]:
-        path = tmp_path / HEAL_FILE
-        path.write_text(text.replace(old, new, 1))
-        with pytest.raises(CheckpointError):
-            load_heal(path)
-    assert "/" not in text.replace("\\/", "")  # no path

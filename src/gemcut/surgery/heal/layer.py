@@ -105,7 +105,7 @@ def fit_layer(
     Args:
         weight: the whole projection as it is stored, float64 [H, d].
         dtype: of the checkpoint; float64 is rounded by way of float32, to nearest even both times.
-        inner: chooses the ridge and is then fitted on as well; None where there is one ridge.
+        fit, inner: `inner` chooses the ridge and is then added to `fit`, in place; None where there is one ridge.
     Raises:
         QualityError: sums or new weights are not finite, or no system can be solved; names the layer.
     """
@@ -119,7 +119,8 @@ def fit_layer(
     tried: dict[float, float] = {}
     if inner is not None:
         ridge, tried = choose_ridge(fit, inner, start, ridges, where)
-        fit = fit.plus(inner)
+        fit.absorb(inner)
+        del inner
     new = refit(fit, start, ridge, where)
     kept = new.weight.to("cpu", torch.float32).to(dtype)
     if not bool(torch.isfinite(kept).all()):

@@ -66,9 +66,12 @@ class Moments:
             self.yy += float(target.square().sum())
             self.n += len(rows)
 
-    def plus(self, other: Moments) -> Moments:
-        """Both together, in a new place."""
-        return Moments(self.g + other.g, self.c + other.c, self.yy + other.yy, self.n + other.n)
+    def absorb(self, other: Moments) -> None:
+        """Add another part's sums, in place: on a large model each takes gigabytes."""
+        self.g.add_(other.g)
+        self.c.add_(other.c)
+        self.yy += other.yy
+        self.n += other.n
 
     def finite(self) -> bool:
         """Whether every sum is a number."""
@@ -80,7 +83,7 @@ class Moments:
         From the moments in float64, so that relative errors below about 1e-7 read as rounding.
         """
         wide = weight.to(self.g.device, torch.float64)
-        error = self.yy + float(((wide @ self.g - 2 * self.c) * wide).sum())
+        error = self.yy + float((wide @ self.g).sub_(self.c, alpha=2).mul_(wide).sum())
         return math.sqrt(max(error, 0.0) / self.yy) if self.yy > 0 else 0.0
 
 
@@ -110,12 +113,12 @@ def refit(moments: Moments, start: torch.Tensor, ridge: float, where: str) -> Re
     """
     lam = ridge * float(moments.g.trace()) / len(moments.g)
     lower = _cholesky(moments.g, lam, where)
-    step = torch.cholesky_solve((moments.c - start @ moments.g).t(), lower).t()
-    return Refit(start + step, lam)
+    left = torch.addmm(moments.c, start, moments.g, alpha=-1)  # [H, K]
+    return Refit(torch.cholesky_solve(left.t(), lower).t().add_(start), lam)
 
 
 def _cholesky(g: torch.Tensor, lam: float, where: str) -> torch.Tensor:
-    shifted = (g + g.t()).div_(2)
+    shifted = g.clone()  # symmetric but for rounding; only its lower triangle is read
     shifted.diagonal().add_(lam)
     lower: torch.Tensor
     lower, info = torch.linalg.cholesky_ex(shifted)
@@ -131,7 +134,7 @@ def _cholesky(g: torch.Tensor, lam: float, where: str) -> torch.Tensor:
 
 def condition(moments: Moments, lam: float) -> float:
     """λ_max/λ_min of g + λI, from its eigenvalues in float64; 1 is perfect, 1e12 leaves four digits."""
-    values = torch.linalg.eigvalsh((moments.g + moments.g.t()) / 2)
+    values = torch.linalg.eigvalsh(moments.g)
     return (float(values[-1]) + lam) / max(float(values[0]) + lam, torch.finfo(torch.float64).tiny)
 
 
