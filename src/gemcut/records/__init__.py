@@ -1,5 +1,6 @@
 """The flow types on disk. Every reader checks the schema version first and trusts nothing in the file."""
 
+from gemcut.records.importance import IMPORTANCE_SCHEMA, load_importance, save_importance
 from gemcut.records.plans import BY_HAND, PLAN_SCHEMA, load_plan, plan_text, save_plan
 from gemcut.records.results import (
     KLD_SCHEMA,
@@ -27,6 +28,7 @@ from gemcut.records.statistics import (
 
 __all__ = [
     "BY_HAND",
+    "IMPORTANCE_SCHEMA",
     "KLD_SCHEMA",
     "MANIFEST_SCHEMA",
     "PLAN_SCHEMA",
@@ -39,6 +41,7 @@ __all__ = [
     "kld_from_json",
     "kld_to_json",
     "load_gram",
+    "load_importance",
     "load_kld",
     "load_manifest",
     "load_plan",
@@ -47,6 +50,7 @@ __all__ = [
     "load_statistics_index",
     "meta_to_json",
     "plan_text",
+    "save_importance",
     "save_kld",
     "save_manifest",
     "save_plan",
