@@ -25,8 +25,12 @@ EXAMPLES = {
     "inspect": "gemcut inspect demo:moe",
     "observe": "gemcut observe demo:moe --corpus demo:calibration -o stats",
     "score": "gemcut score stats --criterion reap",
-    "plan": "gemcut plan experts stats --keep 16 --criterion class_max -o plan.json --explain 4:17",
-    "cut": "gemcut cut demo:moe --plan plan.json -o small",
+    "plan": "gemcut plan experts stats --keep 16 --criterion class_max -o plan.json --explain 4:17\n"
+    "gemcut plan heads stats --model demo:dense --drop 0.125 --layers 0-3 -o plan.json",
+    "ablate": "gemcut ablate demo:dense --corpus demo:calibration --method taylor --max-tokens 8000 -o importance",
+    "heal": "gemcut heal demo:dense --plan plan.json --corpus demo:calibration -o healed",
+    "cut": "gemcut cut demo:moe --plan plan.json -o small\n"
+    "gemcut cut demo:dense --plan plan.json --heal healed -o small",
     "verify": "gemcut verify small --base demo:moe --plan plan.json",
     "diff": "gemcut diff demo:moe small\ngemcut diff plan-a.json plan-b.json",
     "kld": "gemcut kld demo:moe small --corpus demo:heldout",

@@ -64,11 +64,11 @@ class HeadJob:
         heal = self.heal(self.recipe.heal, plan_file, plan, planned) if self.recipe.heal is not None else None
         if last < STAGES.index("cut"):
             return
-        cut = self.cut("", plan_file, plan, heal, planned)
+        cut = self.cut("", plan_file, heal, planned)
         self.result.chosen, self.result.model = self.name, cut.folder / MODEL
         if last < STAGES.index("verify"):
             return
-        verified = self.verify("", plan_file, plan, heal, cut)
+        verified = self.verify("", plan_file, heal, cut)
         asked: Stage | None = None
         if last >= STAGES.index("canary") and self.recipe.canary is not None:
             asked = self.canary("", self.recipe.canary, cut)
@@ -153,24 +153,34 @@ class HeadJob:
             ),
         )
 
-    def cut(self, label: str, plan_file: Path, plan: Plan, heal: Stage | None, parent: Stage) -> Stage:
+    def cut(self, label: str, plan_file: Path, heal: Stage | None, parent: Stage) -> Stage:
         link = self.recipe.cut.link
         return self.stage(
             "cut",
             label,
             {"model": self.base.fingerprint, "plan": store.sha256_file(plan_file), "link": link},
             (parent.key, *((heal.key,) if heal else ())),
-            lambda folder: head_stages.cut(
-                self.base, plan, _healed(heal), folder / MODEL, link=link, force=True, progress=self.progress
+            lambda folder: stages.cut(
+                self.base,
+                plan_file,
+                folder / MODEL,
+                healed=_healed(heal),
+                link=link,
+                force=True,
+                progress=self.progress,
             ),
         )
 
-    def verify(self, label: str, plan_file: Path, plan: Plan, heal: Stage | None, cut: Stage) -> Stage:
-        def build(folder: Path) -> None:
-            found = head_stages.verify(cut.folder / MODEL, self.base, plan, _healed(heal), progress=self.progress)
-            stages.save_checks(stages.checks(found), folder)
-
-        return self.stage("verify", label, {"model": self.base.fingerprint}, (cut.key,), build)
+    def verify(self, label: str, plan_file: Path, heal: Stage | None, cut: Stage) -> Stage:
+        return self.stage(
+            "verify",
+            label,
+            {"model": self.base.fingerprint},
+            (cut.key,),
+            lambda folder: stages.verified(
+                cut.folder / MODEL, self.base, plan_file, folder, healed=_healed(heal), progress=self.progress
+            ),
+        )
 
     def canary(self, label: str, words: CanaryWords, cut: Stage) -> Stage:
         return self.stage(
@@ -210,9 +220,8 @@ class HeadJob:
 
         found = self.stage("salvage", "", {"damage": {str(k): v for k, v in damage.items()}}, (asked.key,), build)
         rest_file = found.folder / stages.PLAN
-        rest = records.load_plan(rest_file)
-        second = self.cut("salvaged", rest_file, rest, heal, found)
-        verified = self.verify("salvaged", rest_file, rest, heal, second)
+        second = self.cut("salvaged", rest_file, heal, found)
+        verified = self.verify("salvaged", rest_file, heal, second)
         again = self.canary("salvaged", words, second)
         _refuse(load_canary(again.folder / CANARY))
         return rest_file, second, verified, again

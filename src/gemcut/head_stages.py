@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gemcut import checkpoint, store, surgery
 from gemcut import plan as planning
+from gemcut import store, surgery
 from gemcut.canary import CanarySettings, against, base_of
 from gemcut.canary.settings import Limits
-from gemcut.checkpoint import Checkpoint, VerifyReport, open_checkpoint
+from gemcut.checkpoint import Checkpoint, open_checkpoint
 from gemcut.errors import QualityError, UsageError
 from gemcut.families.heads import mode_of
 from gemcut.plan.salvage import Salvaged, keep_layers, salvage
@@ -23,8 +23,7 @@ from gemcut.records.canary import Answers, CanaryResult, save_canary
 from gemcut.records.heal import HEAL_FILE, HealReport, load_heal
 from gemcut.records.importance import save_importance
 from gemcut.score.heads import head_criterion_named, score_heads
-from gemcut.surgery.heal.edits import heal_edits
-from gemcut.types import Edits, HeadImportance, Json, Manifest, Plan
+from gemcut.types import HeadImportance, Json, Plan
 
 if TYPE_CHECKING:
     from gemcut.stream.corpus import Corpus
@@ -152,36 +151,6 @@ def heal(
     return room(base, plan, corpus, out, settings=settings, force=force, progress=progress)
 
 
-def edits_of(base: Checkpoint, plan: Plan, healed: Path | None) -> Edits:
-    """What a plan of heads means for each tensor, with the healed projections where there are any."""
-    edits = surgery.edits_for(plan, base)
-    # of a salvaged plan some layers are as in the base: their heal is left out as well
-    return edits if healed is None else heal_edits(healed, edits, layers=plan.layers.keys())
-
-
-def cut(
-    base: Checkpoint,
-    plan: Plan,
-    healed: Path | None,
-    out: Path,
-    *,
-    link: bool = True,
-    force: bool = False,
-    progress: Progress | None = None,
-) -> Manifest:
-    """Write the checkpoint with heads cut and projections healed; the manifest comes from its bytes."""
-    edits, config = edits_of(base, plan, healed), surgery.config_for(plan, base)
-    return checkpoint.write_checkpoint(base, edits, config, out, link=link, force=force, progress=progress).manifest
-
-
-def verify(
-    model: Path, base: Checkpoint, plan: Plan, healed: Path | None, *, progress: Progress | None = None
-) -> VerifyReport:
-    """Bytes against plan, heal and record; CheckpointError where they disagree."""
-    edits, config = edits_of(base, plan, healed), surgery.config_for(plan, base)
-    return checkpoint.verify(open_checkpoint(model), base, edits=edits, config=config, progress=progress)
-
-
 # ---------------------------------------------------------------- canary and salvage
 
 
@@ -261,7 +230,7 @@ def rescue(
 
     def passes(layers: tuple[int, ...]) -> bool:
         out = folder / "trial"
-        cut(base, keep_layers(plan, layers), healed, out, force=True)
+        surgery.cut(base, keep_layers(plan, layers), out, healed=healed, force=True)
         results[layers] = against(answers, open_checkpoint(out, base.name), settings, progress)
         shutil.rmtree(out)
         return results[layers].passed

@@ -254,7 +254,7 @@ def build(data: dict[str, Json], where: str = "recipe") -> Recipe:
         return Recipe.model_validate(_tuples(data))
     except ValidationError as error:
         first = error.errors()[0]
-        spot = ".".join(str(part) for part in first["loc"])
+        spot = _spot(first["loc"])
         wanted = sorted(Recipe.model_fields) if first["type"] == "extra_forbidden" and len(first["loc"]) == 1 else None
         raise UsageError(
             f"{spot}: {first['msg']}",
@@ -263,6 +263,12 @@ def build(data: dict[str, Json], where: str = "recipe") -> Recipe:
             wanted=", ".join(wanted) if wanted else None,
             hint="gemcut show schema lists every word",
         ) from None
+
+
+def _spot(path: tuple[int | str, ...]) -> str:
+    """Where a wrong word stands, as the recipe spells it: the kind of plan is no level of its own."""
+    parts = [part for i, part in enumerate(path) if not (path[0] == "plan" and i == 1 and part in ("experts", "heads"))]
+    return ".".join(map(str, parts))
 
 
 def params(pairs: tuple[str, ...]) -> dict[str, JsonValue]:

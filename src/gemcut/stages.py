@@ -247,27 +247,42 @@ def cut(
     plan_file: Path,
     out: Path,
     *,
+    healed: Path | None = None,
     link: bool = True,
     force: bool = False,
     progress: Progress | None = None,
 ) -> Manifest:
-    """Write the cut checkpoint; the manifest comes from its bytes."""
-    return surgery.cut(base, records.load_plan(plan_file), out, link=link, force=force, progress=progress)
+    """Write the cut checkpoint, healed where there is a heal; the manifest comes from its bytes."""
+    plan = records.load_plan(plan_file)
+    return surgery.cut(base, plan, out, healed=healed, link=link, force=force, progress=progress)
 
 
 def verify_cut(
-    model: Path, base: Checkpoint, plan_file: Path | None, *, progress: Progress | None = None
+    model: Path,
+    base: Checkpoint,
+    plan_file: Path | None,
+    *,
+    healed: Path | None = None,
+    progress: Progress | None = None,
 ) -> VerifyReport:
     """Bytes against intent and record; CheckpointError where they disagree."""
     candidate = open_checkpoint(model)
     if plan_file is None:
         return checkpoint.verify(candidate, base, progress=progress)
-    return surgery.verify_cut(candidate, base, records.load_plan(plan_file), progress=progress)
+    return surgery.verify_cut(candidate, base, records.load_plan(plan_file), healed=healed, progress=progress)
 
 
-def verified(model: Path, base: Checkpoint, plan_file: Path, folder: Path, *, progress: Progress | None = None) -> None:
+def verified(
+    model: Path,
+    base: Checkpoint,
+    plan_file: Path,
+    folder: Path,
+    *,
+    healed: Path | None = None,
+    progress: Progress | None = None,
+) -> None:
     """`verify_cut`, with its answer kept for the report."""
-    save_checks(checks(verify_cut(model, base, plan_file, progress=progress)), folder)
+    save_checks(checks(verify_cut(model, base, plan_file, healed=healed, progress=progress)), folder)
 
 
 def save_checks(found: list[Check], folder: Path) -> None:

@@ -39,7 +39,6 @@ def verify(
     *,
     edits: Edits | None = None,
     config: Mapping[str, Json] | None = None,
-    healed: Collection[str] = (),
     progress: Progress | None = None,
 ) -> VerifyReport:
     """Recompute the diff from the bytes; compare it with the intent and with the stored record.
@@ -47,14 +46,13 @@ def verify(
     Args:
         edits: the whole intent (every other tensor must be the same); None checks the record alone.
         config: the config.json that was meant.
-        healed: tensors whose values were meant to change by other means than `edits`.
     Raises:
         CheckpointError: bytes, record and intent disagree; the message names the first tensors or files.
     """
     manifest = diff(base, out, expected=edits, progress=progress)
     recorded, unlisted = _check_record(out, manifest)
     if edits is not None:
-        _check_intent(base, manifest.tensors, edits, frozenset(healed))
+        _check_intent(base, manifest.tensors, edits)
     if config is not None and (wrong := config_changes(config, out.config)):
         key = next(iter(wrong))
         raise CheckpointError(
@@ -138,22 +136,18 @@ def _tell(fact: TensorFact | None) -> str:
     return f"{fact.found} {shape} blake3 {(fact.blake3_after or 'none')[:12]}"
 
 
-def _check_intent(base: Checkpoint, facts: tuple[TensorFact, ...], edits: Edits, healed: frozenset[str]) -> None:
+def _check_intent(base: Checkpoint, facts: tuple[TensorFact, ...], edits: Edits) -> None:
     found = {fact.name: fact for fact in facts}
     wrong: list[str] = []
     renamed = {edit.to for edit in edits.values() if isinstance(edit, Rename)}
     for name, ref in base.tensors.items():
         fact = found.get(name)
-        if name in healed:
-            meant = fact is not None and fact.found == "values"
-        else:
-            meant = fact is not None and _as_meant(base, ref, edits.get(name), fact, found)
-        if not meant:
+        if fact is None or not _as_meant(base, ref, edits.get(name), fact, found):
             wrong.append(name)
     wrong += [fact.name for fact in facts if fact.found == "added" and fact.name not in renamed]
     if not wrong:
         return
-    planned = {n for n, e in edits.items() if n in base.tensors and not is_identity(base.tensors[n], e)} | healed
+    planned = {n for n, e in edits.items() if n in base.tensors and not is_identity(base.tensors[n], e)}
     changed = [f.name for f in facts if f.found != "same"]
     first = found.get(min(wrong))
     raise CheckpointError(
@@ -161,7 +155,7 @@ def _check_intent(base: Checkpoint, facts: tuple[TensorFact, ...], edits: Edits,
         f"{len(wrong)} tensors are not as planned",
         where=_names(wrong),
         got=_describe(first),
-        wanted=_intent(base.tensors.get(min(wrong)), edits.get(min(wrong)), min(wrong) in healed),
+        wanted=_intent(base.tensors.get(min(wrong)), edits.get(min(wrong))),
     )
 
 
@@ -204,9 +198,7 @@ def _positions(index: tuple[int, ...]) -> str:
     return f"{shown} … ({len(index)})" if len(index) > 12 else shown
 
 
-def _intent(ref: TensorRef | None, edit: Edit | None, healed: bool) -> str:
-    if healed:
-        return "changed values"
+def _intent(ref: TensorRef | None, edit: Edit | None) -> str:
     if ref is None:
         return "no such tensor"
     if is_identity(ref, edit):

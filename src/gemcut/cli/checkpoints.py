@@ -47,12 +47,15 @@ def inspect(model: str, talk: Talk) -> None:
 @click.command()
 @click.argument("model")
 @click.option("--plan", "plan_file", required=True, type=click.Path(), help="plan.json: which units stay.")
+@click.option("--heal", type=click.Path(), help="A folder of gemcut heal: its projections go into a cut of heads.")
 @options.out_folder
 @click.option("--copy", is_flag=True, help="Copy unchanged shards instead of hard-linking them.")
 @options.force
 @options.dry_run
 @options.talk
-def cut(model: str, plan_file: str, out: str, copy: bool, force: bool, dry_run: bool, talk: Talk) -> None:
+def cut(
+    model: str, plan_file: str, heal: str | None, out: str, copy: bool, force: bool, dry_run: bool, talk: Talk
+) -> None:
     """Write the smaller checkpoint, its manifest and SHA256SUMS."""
     from gemcut import models, stages
 
@@ -63,7 +66,10 @@ def cut(model: str, plan_file: str, out: str, copy: bool, force: bool, dry_run: 
 
         show_preflight(talk, preflight.estimate_cut(base, Path(plan_file), Path(out)))
         return
-    manifest = stages.cut(base, Path(plan_file), Path(out), link=not copy, force=force, progress=talk.progress)
+    healed = Path(heal) if heal else None
+    manifest = stages.cut(
+        base, Path(plan_file), Path(out), healed=healed, link=not copy, force=force, progress=talk.progress
+    )
     changed = [fact for fact in manifest.tensors if fact.found != "same"]
     talk.result(
         manifest,
@@ -77,8 +83,9 @@ def cut(model: str, plan_file: str, out: str, copy: bool, force: bool, dry_run: 
 @click.argument("model")
 @click.option("--base", required=True, help="The checkpoint it was cut from.")
 @click.option("--plan", "plan_file", type=click.Path(), help="Hold the bytes against this plan, too.")
+@click.option("--heal", type=click.Path(), help="And against this heal.")
 @options.talk
-def verify(model: str, base: str, plan_file: str | None, talk: Talk) -> None:
+def verify(model: str, base: str, plan_file: str | None, heal: str | None, talk: Talk) -> None:
     """Hold the bytes of a cut checkpoint against its plan and manifest.
 
     Exit code 4 and the names of the tensors when intent and bytes disagree.
@@ -86,7 +93,11 @@ def verify(model: str, base: str, plan_file: str | None, talk: Talk) -> None:
     from gemcut import models, stages
 
     report = stages.verify_cut(
-        Path(model), models.open_model(base), Path(plan_file) if plan_file else None, progress=talk.progress
+        Path(model),
+        models.open_model(base),
+        Path(plan_file) if plan_file else None,
+        healed=Path(heal) if heal else None,
+        progress=talk.progress,
     )
     checks = stages.checks(report)
     talk.table("Verified", ("check", "", ""), [(c.name, "passed" if c.passed else "FAILED", c.detail) for c in checks])

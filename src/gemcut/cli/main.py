@@ -17,6 +17,11 @@ VERBS: dict[str, tuple[str, str]] = {
     "observe": ("gemcut.cli.statistics:observe", "One streamed pass over a corpus; every statistic at once; resumes."),
     "score": ("gemcut.cli.statistics:score", "Rank the experts by a criterion. Seconds, no model."),
     "plan": ("gemcut.cli.plans:plan", "Decide which units stay, and say why."),
+    "ablate": ("gemcut.cli.heads:ablate", "What the loss says about every attention head, one layer in memory."),
+    "heal": (
+        "gemcut.cli.heads:heal",
+        "Refit the output projections behind dropped heads, towards the original; resumes by layer.",
+    ),
     "cut": ("gemcut.cli.checkpoints:cut", "Write the smaller checkpoint, its manifest and SHA256SUMS."),
     "verify": ("gemcut.cli.checkpoints:verify", "Hold the bytes of a cut checkpoint against its plan and manifest."),
     "diff": (

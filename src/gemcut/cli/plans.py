@@ -1,4 +1,4 @@
-"""`gemcut plan experts`."""
+"""`gemcut plan experts` and `gemcut plan heads`."""
 
 from __future__ import annotations
 
@@ -56,6 +56,58 @@ def experts(
         path=out,
         text=f"{out}: keeps {keep} of {planned.plan.units} experts in {len(planned.plan.layers)} layers by {criterion}"
         + (f"; {doubtful} decisions change in more than one of five resamples of the questions" if doubtful else ""),
+    )
+
+
+@plan.command()
+@click.argument("stats")
+@click.option("--model", help="The observed model; by default the name that the statistics give.")
+@click.option(
+    "--drop", required=True, type=click.FloatRange(min=0, min_open=True), help="A share of a layer's heads, or a count."
+)
+@click.option("--layers", metavar="RANGES", help="For example 0-3,5; all by default.")
+@click.option("--structural", is_flag=True, help="Take rows and columns out instead of writing zeros.")
+@click.option("--criterion", default="norm", show_default=True, help="gemcut list criteria.")
+@click.option("--param", "params", multiple=True, metavar="NAME=VALUE", help="A parameter of the criterion.")
+@click.option("--importance", type=click.Path(), help="What gemcut ablate measured, for loo and taylor.")
+@click.option("-o", "--out", required=True, type=click.Path(), help="Where plan.json goes.")
+@options.force
+@options.talk
+def heads(
+    stats: str,
+    model: str | None,
+    drop: float,
+    layers: str | None,
+    structural: bool,
+    criterion: str,
+    params: tuple[str, ...],
+    importance: str | None,
+    out: str,
+    force: bool,
+    talk: Talk,
+) -> None:
+    """Drop the least important query heads, evenly over the KV heads."""
+    from gemcut import head_stages, models, recipe, records, stages
+    from gemcut.records.importance import load_importance
+
+    words = recipe.head_words({"drop": drop, "layers": layers, "mode": "structural" if structural else "mask"})
+    base = models.open_model(model or records.load_statistics_index(Path(stats)).meta.model_name)
+    planned = head_stages.plan_heads(
+        base,
+        Path(stats),
+        recipe.Choice(criterion=criterion, params=recipe.params(params)),
+        words,
+        load_importance(Path(importance)) if importance else None,
+        progress=talk.progress,
+    )
+    stages.save_plan(planned.plan, Path(out), force=force)
+    for note in planned.notes:
+        talk.say(note)
+    talk.result(
+        planned.plan,
+        path=out,
+        text=f"{out}: drops {planned.dropped} of {planned.plan.units} query heads in {len(planned.plan.layers)} "
+        f"layers by {criterion}",
     )
 
 

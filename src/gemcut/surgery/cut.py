@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from pathlib import Path
 
 from gemcut.checkpoint.read import Checkpoint, Progress
@@ -17,18 +16,21 @@ def cut(
     plan: Plan,
     out: Path,
     *,
+    healed: Path | None = None,
     force: bool = False,
     link: bool = True,
     progress: Progress | None = None,
 ) -> Manifest:
     """Write the cut checkpoint; the manifest that lies beside it is computed from the written bytes.
 
+    Args:
+        healed: a heal of head cuts (see `surgery.heal`): its projections are written for the layers of the plan.
     Raises:
         UsageError: the plan says what the architecture cannot hold; `out` exists without `force`.
         CheckpointError: the plan was made for another checkpoint.
         MissingError: not enough disk.
     """
-    edits = edits_for(plan, base)
+    edits = edits_for(plan, base, healed)
     config = config_for(plan, base)
     return write_checkpoint(base, edits, config, out, force=force, link=link, progress=progress).manifest
 
@@ -38,10 +40,9 @@ def verify_cut(
     base: Checkpoint,
     plan: Plan,
     *,
-    healed: Collection[str] = (),
+    healed: Path | None = None,
     progress: Progress | None = None,
 ) -> VerifyReport:
-    """Bytes against the plan and against the stored record; see `checkpoint.verify`."""
-    return verify(
-        out, base, edits=edits_for(plan, base), config=config_for(plan, base), healed=healed, progress=progress
-    )
+    """Bytes against the plan, the heal and the stored record; see `checkpoint.verify`."""
+    edits, config = edits_for(plan, base, healed), config_for(plan, base)
+    return verify(out, base, edits=edits, config=config, progress=progress)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from pathlib import Path
 
 from gemcut.checkpoint.read import Checkpoint
 from gemcut.errors import CheckpointError, UsageError
 from gemcut.families.heads import kept_kv_heads, mode_of
+from gemcut.surgery.heal.edits import heal_edits
 from gemcut.types import Edit, Edits, Json, LayerPlan, Mask, Plan, Site, Take
 
 
-def edits_for(plan: Plan, base: Checkpoint) -> Edits:
-    """What the plan means for each tensor.
+def edits_for(plan: Plan, base: Checkpoint, healed: Path | None = None) -> Edits:
+    """What the plan means for each tensor; with a heal, the healed projections of the plan's layers.
 
     Experts are taken out of every fused tensor of the site (gate_up_proj, down_proj, router rows, per_expert_scale).
 
@@ -36,7 +38,8 @@ def edits_for(plan: Plan, base: Checkpoint) -> Edits:
         elif one.drop:
             for part in sites[layer].slices:
                 edits[part.name] = Mask(part.axis, _positions(sorted(one.drop), part.block))
-    return edits
+    # a plan may have been reduced to some of the layers that were healed
+    return edits if healed is None else heal_edits(healed, edits, layers=plan.layers.keys())
 
 
 def config_for(plan: Plan, base: Checkpoint) -> Mapping[str, Json]:

@@ -1,0 +1,64 @@
+"""How much memory and disk a heal takes, from headers and settings alone."""
+
+from __future__ import annotations
+
+from gemcut.checkpoint.read import Checkpoint
+from gemcut.surgery.heal.settings import HealSettings, jobs_of
+from gemcut.types import DTYPE_BYTES, Plan
+
+_BASE_BYTES = 640 << 20  # interpreter, torch, transformers and their first matrix product, measured on Linux
+_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+_CHUNK_ROWS = 1024
+
+
+def heal_memory_bytes(base: Checkpoint, plan: Plan, settings: HealSettings, *, longest: int = 0) -> int:
+    """Upper estimate of the process's resident memory at its peak, in bytes.
+
+    max(one decoder layer + its moments + one batch, one decoder layer + moments + the solve, embedding) + base
+
+    The moments of a layer with K kept columns are K² + H·K float64 values for each part of the corpus: fitted on, held
+    out and, with several ridges, the inner split. The solve needs the matrix twice more.
+
+    Args:
+        longest: tokens of the corpus' longest item, where it is longer than a batch.
+    """
+    item = _item_bytes(base, settings)
+    hidden, inner = _number(base, "hidden_size"), _number(base, "intermediate_size")
+    length = longest or settings.batch_tokens
+    tokens = max(settings.batch_tokens, longest)
+    parts = 3 if len(settings.ridges) > 1 else 2
+    names = base.tensors.keys()
+    running = solving = 0
+    for layer, job in jobs_of(base, plan, heal_all=settings.heal_all).items():
+        prefix = base.family.layer_prefix(names, layer)
+        weights = sum(ref.elements for name, ref in base.tensors.items() if name.startswith(prefix)) * item
+        kept, width = len(job.columns), job.units * job.head_dim
+        moments = 8 * parts * (kept * kept + hidden * kept)
+        batch = tokens * (hidden * (7 * item + 16) + width * (7 * item + 4) + inner * 4 * item) + 6 * length * length
+        batch += 8 * _CHUNK_ROWS * 2 * (hidden + kept)
+        solve = 8 * (2 * kept * kept + 4 * hidden * kept + hidden * width)
+        running = max(running, weights + moments + batch)
+        solving = max(solving, weights + moments + solve)
+    ends = sum(r.elements for n, r in base.tensors.items() if n.endswith(("embed_tokens.weight", "lm_head.weight")))
+    return _BASE_BYTES + max(running, solving, ends * item)
+
+
+def heal_disk_bytes(base: Checkpoint, plan: Plan, settings: HealSettings, *, tokens: int) -> int:
+    """Upper estimate of what a heal has on disk at once: hidden states of two streams at two boundaries, under 13 % of
+    padding, and the healed tensors."""
+    states = tokens * _number(base, "hidden_size") * _item_bytes(base, settings)
+    streams = 2 if settings.method == "sequential" else 1
+    healed = sum(base.ref(job.tensor).size_bytes for job in jobs_of(base, plan, heal_all=settings.heal_all).values())
+    return int(2 * streams * 1.13 * states) + healed
+
+
+def _number(base: Checkpoint, key: str) -> int:
+    value = base.text_config.get(key)
+    return value if isinstance(value, int) else 0
+
+
+def _item_bytes(base: Checkpoint, settings: HealSettings) -> int:
+    if settings.dtype is not None:
+        return _BYTES.get(settings.dtype, 4)
+    stored = (r.dtype for name, r in base.tensors.items() if name.endswith("embed_tokens.weight"))
+    return DTYPE_BYTES.get(next(stored, "F32"), 4)
