@@ -9,15 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from gemcut.canary import CANARY, CanarySettings, against, base_of, run_canary
 from gemcut.checkpoint import Checkpoint, open_checkpoint
-from gemcut.checkpoint.header import read_header
 from gemcut.checkpoint.write import write_checkpoint
 from gemcut.errors import CheckpointError
-from gemcut.records.canary import Answers, CanaryResult, load_canary
-from gemcut.types import Edit, Mask, Replace
+from gemcut.records.canary import Answers, CanaryResult, load_canary, save_canary
+from gemcut.types import Edit, Mask
 from tiny import make_tiny
 
 DEMO = Path(__file__).parents[2] / "demo"
@@ -80,18 +79,35 @@ def test_attention_without_outputs_collapses_and_fails(
 def test_a_collapse_that_needs_the_bos_fails_only_there(
     dense: Checkpoint, dense_answers: Answers, tmp_path: Path
 ) -> None:
+    # a BOS that overflows, in the embedding only: the head keeps the old table, and no other text sees a change
+    cut = tmp_path / "cut"
+    shutil.copytree(dense.path, cut)
     name = next(name for name in dense.tensors if name.endswith("embed_tokens.weight"))
-    shape = dense.ref(name).shape
-    table = torch.from_numpy(dense.read(name).copy()).view(torch.bfloat16).reshape(shape).clone()
-    generator = torch.Generator().manual_seed(0)
-    table[2] = (3 * table.float().std() * torch.randn(shape[1], generator=generator)).to(torch.bfloat16)
-    save_file({name: table}, tmp_path / "new.safetensors")
-    ref = read_header(tmp_path / "new.safetensors", "new.safetensors").tensors[0]
-    edits = {name: Replace(tmp_path / "new.safetensors", ref)}
-    result = against(dense_answers, damaged(dense, edits, tmp_path / "cut"), SETTINGS)
+    shard = dense.ref(name).shard
+    state = load_file(cut / shard)
+    state["lm_head.weight"] = state[name].clone()
+    state[name][2] = torch.finfo(torch.bfloat16).max
+    save_file(state, cut / shard, metadata={"format": "pt"})
+    index = json.loads((cut / "model.safetensors.index.json").read_text())
+    index["weight_map"]["lm_head.weight"] = shard
+    (cut / "model.safetensors.index.json").write_text(json.dumps(index))
+    config = json.loads((cut / "config.json").read_text())
+    config["tie_word_embeddings"] = config["text_config"]["tie_word_embeddings"] = False
+    (cut / "config.json").write_text(json.dumps(config))
+
+    result = against(dense_answers, open_checkpoint(cut), SETTINGS)
     assert not result.passed
-    assert failed(result)
-    assert {bos for _, bos in failed(result)} == {True}
+    assert failed(result) == {("raw", True), ("chat", True), ("thinking", True)}
+    for c in result.conditions:
+        if c.bos:
+            assert c.newly_broken.low > 0.25
+            assert any("not finite" in reason for reason in c.reasons)
+        else:
+            assert c.identical == c.prompts
+            assert c.nll_ratio is not None
+            assert c.nll_ratio.value == 1.0
+    save_canary(result, tmp_path / "canary.json")
+    assert load_canary(tmp_path / "canary.json") == result
 
 
 def test_the_same_folder_twice_is_fine_and_the_record_is_deterministic(tiny: Path, tmp_path: Path) -> None:
