@@ -49,6 +49,7 @@ class HeadJob:
         self.stage = Stages(result, force=force)
         self.base = models.open_model(recipe.model)
         self.name = recipe.score.name
+        self.planned_layers: set[int] = set()
 
     def until(self, name: str) -> None:
         """Every stage in order, up to the one of this name."""
@@ -59,6 +60,7 @@ class HeadJob:
         planned = self.plan(self.recipe.score, observed)
         plan_file = planned.folder / stages.PLAN
         plan = records.load_plan(plan_file)
+        self.planned_layers = set(plan.layers)
         if last < STAGES.index("heal"):
             return
         heal = self.heal(self.recipe.heal, plan_file, plan, planned) if self.recipe.heal is not None else None
@@ -80,7 +82,7 @@ class HeadJob:
             measured = self.measure(self.recipe.kld, cut)
             self.result.measured = stages.measured(measured.folder, [self.name])
         if last >= STAGES.index("report"):
-            self.report(plan, planned, heal, verified, asked)
+            self.report(plan, heal, verified, asked)
         stages.kld_gate(self.recipe.kld, self.result.measured or {}, self.name)
 
     # ------------------------------------------------------------ one method per stage
@@ -239,18 +241,18 @@ class HeadJob:
             ),
         )
 
-    def report(self, plan: Plan, planned: Stage, heal: Stage | None, verified: Stage, asked: Stage | None) -> None:
-        from gemcut import reporting  # matplotlib takes a second that the other stages need not wait for
+    def report(self, plan: Plan, heal: Stage | None, verified: Stage, asked: Stage | None) -> None:
+        from gemcut import head_reporting  # matplotlib takes a second that the other stages need not wait for
 
         assert self.result.model is not None
         dropped = max((len(one.drop) for one in plan.layers.values()), default=0)
         name = f"{self.base.name.rpartition('/')[2].partition('@')[0].replace(':', '-')}-h{plan.units - dropped}"
-        self.result.report = reporting.write_heads(
+        self.result.report = head_reporting.write(
             self.recipe,
             self.base,
             open_checkpoint(self.result.model, name),
             plan=plan,
-            scores=records.load_scores(planned.folder / stages.SCORES),
+            restored=tuple(sorted(self.planned_layers - set(plan.layers))),
             heal=_healed(heal),
             canary=None if asked is None else load_canary(asked.folder / CANARY),
             checks=stages.load_checks(verified.folder),

@@ -214,7 +214,9 @@ def rescue(
     *,
     progress: Progress | None = None,
 ) -> Rescue:
-    """Search the largest set of layers that passes the canary; every trial is written, asked, recorded and removed.
+    """Search the largest set of layers that passes the canary, when all of them failed it.
+
+    Every trial is written, asked, recorded and removed.
 
     Raises:
         QualityError: not one layer passes, or the plan is structural: its layers cannot be restored one by one.
@@ -235,7 +237,7 @@ def rescue(
         shutil.rmtree(out)
         return results[layers].passed
 
-    found = salvage(damage, passes)
+    found = salvage(damage, passes, whole_failed=True)
     store.write_json(folder / SALVAGE, salvage_record(found, damage))
     if not found.layers:
         raise QualityError(

@@ -12,12 +12,9 @@ import yaml
 from gemcut import machine, records
 from gemcut.checkpoint import Checkpoint, inspect
 from gemcut.recipe import PlanWords, Recipe, resolved, shipped
-from gemcut.records.canary import CanaryResult
-from gemcut.records.heal import HEAL_FILE, load_heal
 from gemcut.report import Check, CriterionNote, KldEntry, ModelFacts, ReportData, StageTime, write_report
 from gemcut.score import CRITERIA
-from gemcut.score.heads import HEAD_CRITERIA
-from gemcut.types import Json, KldResult, Plan, Scores
+from gemcut.types import KldResult, Plan, Scores
 
 DEMO_LIMIT = "Demo figures: measured on a small model that was trained for this purpose, not on a released one."
 
@@ -111,100 +108,33 @@ def write(
         checks=tuple(checks),
         stages=tuple(StageTime(name, seconds, peak) for name, seconds, peak in times),
         recipe=resolved(recipe),
-        commands=_commands(recipe),
+        commands=commands(recipe),
         limits=(DEMO_LIMIT,) if base.name.startswith("demo:") else (),
-        versions={"gemcut": _version(), **machine.stack()},
+        versions={"gemcut": version(), **machine.stack()},
         seeds={
             "bootstrap of the plan": words_of_plan.guards.seed,
             **({"bootstrap of the KLD": recipe.kld.seed} if recipe.kld else {}),
         },
         criteria=tuple(CriterionNote(name, one.about, one.source) for name, one in CRITERIA.items() if name in used),
-        calibration_corpus=_public_name(recipe.observe.corpus),
-        evaluation_corpus=_public_name(recipe.kld.corpus) if recipe.kld else "",
+        calibration_corpus=public_name(recipe.observe.corpus),
+        evaluation_corpus=public_name(recipe.kld.corpus) if recipe.kld else "",
     )
     return write_report(data, out, force=True).index_html
 
 
-def write_heads(
-    recipe: Recipe,
-    base: Checkpoint,
-    candidate: Checkpoint,
-    *,
-    plan: Plan,
-    scores: Scores,
-    heal: Path | None,
-    canary: CanaryResult | None,
-    checks: Sequence[Check],
-    measured: Mapping[str, KldResult],
-    times: Sequence[tuple[str, float, int]],
-    out: Path,
-) -> Path:
-    """Write the page and the card of a head cut; returns index.html."""
-    name = recipe.score.name
-    one = HEAD_CRITERIA[recipe.score.criterion]
-    dropped = max((len(layer.drop) for layer in plan.layers.values()), default=0)
-    share = f"{dropped} of {plan.units} query heads in {len(plan.layers)} layers"
-    data = ReportData(
-        title=recipe.report.title or f"{base.name}: without {share}",
-        base=model_facts(base),
-        candidate=model_facts(candidate),
-        plan=plan,
-        kld=tuple(KldEntry(label, result) for label, result in measured.items()),
-        chosen=name if name in measured else None,
-        manifest=records.load_manifest(candidate.path / "manifest.json"),
-        checks=(*checks, *_canary_checks(canary), *_heal_checks(heal)),
-        stages=tuple(StageTime(stage, seconds, peak) for stage, seconds, peak in times),
-        recipe=resolved(recipe),
-        commands=_commands(recipe),
-        limits=(DEMO_LIMIT,) if base.name.startswith("demo:") else (),
-        versions={"gemcut": _version(), **machine.stack()},
-        seeds={"bootstrap of the KLD": recipe.kld.seed} if recipe.kld else {},
-        criteria=(CriterionNote(one.name, one.about, one.source),),
-        calibration_corpus=_public_name(recipe.observe.corpus),
-        evaluation_corpus=_public_name(recipe.kld.corpus) if recipe.kld else "",
-        notes=tuple(str(note) for note in _list(plan.params.get("notes"))),
-    )
-    del scores
-    return write_report(data, out, force=True).index_html
-
-
-def _canary_checks(canary: CanaryResult | None) -> tuple[Check, ...]:
-    if canary is None:
-        return ()
-    worst = max((c.nll_ratio.value for c in canary.conditions if c.nll_ratio is not None), default=1.0)
-    text = f"{len(canary.conditions)} conditions, {canary.conditions[0].prompts} prompts each; largest NLL ratio "
-    return (Check("canary: it still talks", canary.passed, f"{text}{worst:.3f}"),)
-
-
-def _heal_checks(heal: Path | None) -> tuple[Check, ...]:
-    if heal is None:
-        return ()
-    report = load_heal(heal / HEAL_FILE)
-    better = [one for one in report.layers if one.used]
-    if not better:
-        return (Check("heal", True, "no layer's heal beat the cut without it on held-out items: none is used"),)
-    before = sum(one.held_out_before for one in better) / len(better)
-    after = sum(one.held_out_after for one in better) / len(better)
-    text = f"used in {len(better)} of {len(report.layers)} layers; mean held-out residual {before:.4f} → {after:.4f} "
-    return (Check("heal, on held-out items", True, text + f"({report.tokens} tokens, {report.items} items)"),)
-
-
-def _list(value: Json) -> list[Json]:
-    return value if isinstance(value, list) else []
-
-
-def _commands(recipe: Recipe) -> tuple[str, ...]:
+def commands(recipe: Recipe) -> tuple[str, ...]:
     """What a reader types to do it again, and to check the weights that came with this report."""
     ref = recipe.name if recipe.name in shipped() else "recipe.yaml"
-    return (f"gemcut run {ref}", f"gemcut verify MODEL --base {_public_name(recipe.model)}")
+    return (f"gemcut run {ref}", f"gemcut verify MODEL --base {public_name(recipe.model)}")
 
 
-def _public_name(ref: str) -> str:
+def public_name(ref: str) -> str:
     """Shipped names and hub ids as they are; of a path only the last part."""
     return ref if ref.startswith(("demo:", "hf://")) or not Path(ref).exists() else Path(ref).name
 
 
-def _version() -> str:
+def version() -> str:
+    """gemcut's own."""
     from gemcut import __version__
 
     return __version__

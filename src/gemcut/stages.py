@@ -17,6 +17,7 @@ from gemcut import plan as planning
 from gemcut.checkpoint import Checkpoint, VerifyReport, open_checkpoint
 from gemcut.errors import QualityError, UsageError
 from gemcut.recipe import Choice, GuardWords, Measure, Observe, PlanWords
+from gemcut.score.heads import HEAD_CRITERIA, HeadCriterion
 from gemcut.types import Json, KldResult, Manifest, Plan
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ Progress = Callable[[int, int, str], None]
 PLAN = "plan.json"
 SCORES = "scores"
 CHECKS = "checks.json"
+_HEADS = "heads/"
 DOUBT = "doubt.safetensors"  # keep probabilities and guarded units of the plan beside it
 
 
@@ -106,13 +108,15 @@ def statistics_summary(folder: Path) -> dict[str, Json]:
 
 
 def criteria() -> dict[str, str]:
-    """Names of the criteria and what each says in one line."""
-    return {name: one.about for name, one in score.CRITERIA.items()}
+    """Names of the criteria and what each says in one line; those for attention heads begin with `heads/`."""
+    heads = {f"{_HEADS}{name}": one.about for name, one in HEAD_CRITERIA.items()}
+    return {name: one.about for name, one in score.CRITERIA.items()} | heads
 
 
 def criterion_text(name: str) -> str:
     """Definition, source and parameters of one criterion."""
-    one = score.CRITERIA[name]
+    one: score.Criterion | HeadCriterion
+    one = HEAD_CRITERIA[name.removeprefix(_HEADS)] if name.startswith(_HEADS) else score.CRITERIA[name]
     lines = [f"{name}: {one.about}", "", _definition(one), "", f"source: {one.source}"]
     if one.params:
         lines += ["", "parameters:"]
@@ -120,7 +124,7 @@ def criterion_text(name: str) -> str:
     return "\n".join(lines)
 
 
-def _definition(one: score.Criterion) -> str:
+def _definition(one: score.Criterion | HeadCriterion) -> str:
     """The formula is the ranking function's docstring: one place, beside the code."""
     return inspect.cleandoc(one.rank.__doc__ or "")
 

@@ -56,6 +56,19 @@ def test_card_000_keeps_its_first_four_of_sixty() -> None:
     assert found.restored == tuple(range(4, 60))
 
 
+def test_what_is_known_to_fail_is_not_tried_again() -> None:
+    tried: list[tuple[int, ...]] = []
+
+    def passes(layers: tuple[int, ...]) -> bool:
+        tried.append(layers)
+        return 3 not in layers
+
+    found = salvage(dict.fromkeys(range(6), 0.0), passes, whole_failed=True)
+    assert found.layers == (0, 1, 2, 4, 5)
+    assert found.restored == (3,)
+    assert tuple(range(6)) not in tried
+
+
 def test_the_plan_of_what_stays() -> None:
     plan = Plan("heads", "f" * 64, 8, {layer: LayerPlan(tuple(range(7)), {7: "test"}) for layer in range(3)})
     assert set(keep_layers(plan, (0, 2)).layers) == {0, 2}

@@ -162,8 +162,15 @@ def test_changes_are_grouped_over_layers() -> None:
     table = t.change_rows(full())
     assert table is not None
     assert table.rows[0] == (
-        "model.language_model.layers.*.experts.gate_up_proj", "12", "take", "[32, 352, 256]", "[24, 352, 256]", "–",
+        "model.language_model.layers.*.experts.gate_up_proj", "0–11 (12)", "–", "take", "[32, 352, 256]",
+        "[24, 352, 256]", "–",
     )  # fmt: skip
+
+
+def test_layers_are_told_as_ranges() -> None:
+    assert t.spans([]) == "–"
+    assert t.spans([4]) == "4"
+    assert t.spans([3, 0, 1, 2, 7, 9, 8]) == "0–3, 7–9 (7)"
 
 
 def test_a_zero_width_interval_is_finite() -> None:

@@ -30,7 +30,9 @@ class Salvaged:
         return tuple(sorted(every - set(self.layers)))
 
 
-def salvage(damage: Mapping[int, float], passes: Callable[[tuple[int, ...]], bool]) -> Salvaged:
+def salvage(
+    damage: Mapping[int, float], passes: Callable[[tuple[int, ...]], bool], *, whole_failed: bool = False
+) -> Salvaged:
     """Search the largest set of layers that passes, in O(log L) trials for the prefix and at most L for the rest.
 
     Layers are ordered by damage, the least harmful first. Bisection finds a prefix of that order that passes while the
@@ -39,10 +41,11 @@ def salvage(damage: Mapping[int, float], passes: Callable[[tuple[int, ...]], boo
 
     Args:
         damage: layer → damage, larger is worse; ties go to the lower layer.
+        whole_failed: it is known already that all layers together fail; they are not tried again.
         passes: called with ascending layers, never with an empty set, never twice with the same one.
     """
     order = sorted(damage, key=lambda layer: (damage[layer], layer))
-    trials: dict[tuple[int, ...], bool] = {}
+    trials: dict[tuple[int, ...], bool] = {tuple(sorted(order)): False} if whole_failed and order else {}
 
     def tried(layers: list[int]) -> bool:
         key = tuple(sorted(layers))

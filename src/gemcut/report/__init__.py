@@ -1,16 +1,18 @@
 """The report room: one page, one model card, tables and figures from one `ReportData`."""
 
-from gemcut.report.data import Check, CriterionNote, Drawing, KldEntry, ModelFacts, ReportData, StageTime
+from gemcut.report.data import Check, CriterionNote, Drawing, Extra, KldEntry, ModelFacts, ReportData, StageTime, Table
 from gemcut.report.write import ReportFiles, write_report
 
 __all__ = [
     "Check",
     "CriterionNote",
     "Drawing",
+    "Extra",
     "KldEntry",
     "ModelFacts",
     "ReportData",
     "ReportFiles",
     "StageTime",
+    "Table",
     "write_report",
 ]

@@ -9,8 +9,8 @@ import jinja2
 import yaml
 
 from gemcut.report import method, tables
-from gemcut.report.data import Drawing, ReportData
-from gemcut.report.tables import Table, change, count, interval, parameters, size
+from gemcut.report.data import Drawing, ReportData, Table
+from gemcut.report.tables import change, count, interval, parameters, size
 from gemcut.report.text import Markdown, code_block, code_span, escape_markdown, plain
 from gemcut.types import Estimate, Json
 

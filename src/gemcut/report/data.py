@@ -77,6 +77,25 @@ class Check:
 
 
 @dataclass(frozen=True, slots=True)
+class Table:
+    """A table as text. `align` has one letter per column: l or r. `chosen` is the row to highlight, or None."""
+
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    align: str
+    chosen: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Extra:
+    """A table that belongs to one kind of cut only: a heal, a canary, a search."""
+
+    title: str
+    text: str  # one or two sentences below the title
+    table: Table
+
+
+@dataclass(frozen=True, slots=True)
 class StageTime:
     """One stage of one run: a record of what happened, not a benchmark."""
 
@@ -130,6 +149,7 @@ class ReportData:
     criteria: tuple[CriterionNote, ...] = ()
     calibration_corpus: str = ""
     evaluation_corpus: str = ""
+    extras: tuple[Extra, ...] = ()
     notes: tuple[str, ...] = ()
     limits: tuple[str, ...] = ()
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from gemcut.report.data import ALL, ReportData
-from gemcut.report.tables import Table, by_damage, count, duration, json_text, near_ties, size, units_name
+from gemcut.report.data import ALL, ReportData, Table
+from gemcut.report.tables import by_damage, count, duration, json_text, near_ties, size, units_name
 
 SHORT_HASH = 12
 

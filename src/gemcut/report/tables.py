@@ -8,21 +8,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gemcut.report.data import ALL, KldEntry, ModelFacts, ReportData
+from gemcut.report.data import ALL, KldEntry, ModelFacts, ReportData, Table
 from gemcut.report.grids import NEAR_TIE, cut_grid
-from gemcut.types import Estimate, Json, Manifest
+from gemcut.types import Estimate, Json, TensorFact
 
 UNIT_NAMES = {"experts": ("expert", "experts"), "heads": ("query head", "query heads")}
-
-
-@dataclass(frozen=True, slots=True)
-class Table:
-    """A table as text. `align` has one letter per column: l or r. `chosen` is the row to highlight, or None."""
-
-    columns: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    align: str
-    chosen: int | None = None
 
 
 # ---------------------------------------------------------------- numbers
@@ -226,31 +216,46 @@ def _split(text: str, n: str, unit: str = "") -> tuple[str, str]:
     return value + unit, f"{rest} · {n}"
 
 
-def change_counts(manifest: Manifest) -> dict[str, int]:
-    """Tensors per kind of change found in the bytes, in a fixed order, zero counts left out."""
-    kinds = ("same", "take", "mask", "values", "reshaped", "added", "removed")
-    found = [fact.found for fact in manifest.tensors]
-    return {kind: found.count(kind) for kind in kinds if kind in found}
-
-
 def change_rows(data: ReportData) -> Table | None:
-    """What the manifest found, grouped by tensor kind: layer numbers are collapsed to `*`."""
+    """What the manifest found, grouped by tensor kind (layer numbers are `*`), with the layers that changed and the
+    layers whose tensor of this kind has the base's bytes."""
     if data.manifest is None:
         return None
-    groups: dict[tuple[str, str, str, str], list[float | None]] = {}
+    groups: dict[tuple[str, str, str, str], list[TensorFact]] = {}
+    same: dict[str, list[int]] = {}
     for fact in data.manifest.tensors:
-        if fact.found == "same":
-            continue
         pattern = ".".join("*" if part.isdigit() else part for part in fact.name.split("."))
-        key = (pattern, fact.found, shape(fact.shape_before), shape(fact.shape_after))
-        groups.setdefault(key, []).append(fact.relative_change)
+        if fact.found == "same":
+            same.setdefault(pattern, []).extend(_layer_of(fact.name))
+            continue
+        groups.setdefault((pattern, fact.found, shape(fact.shape_before), shape(fact.shape_after)), []).append(fact)
     rows = []
-    for (pattern, found, before, after), changes in groups.items():
-        known = [value for value in changes if value is not None]
-        span = f"{min(known):.2g} – {max(known):.2g}" if known else "–"
-        rows.append((pattern, count(len(changes)), found, before, after, span))
-    columns = ("Tensors", "Number", "Found", "Shape before", "Shape after", "Relative change")
-    return Table(columns, tuple(rows), "lrlrrr")
+    for (pattern, found, before, after), facts in groups.items():
+        known = [fact.relative_change for fact in facts if fact.relative_change is not None]
+        change = f"{min(known):.2g} – {max(known):.2g}" if known else "–"
+        layers = [layer for fact in facts for layer in _layer_of(fact.name)]
+        rows.append((pattern, spans(layers), spans(same.get(pattern, [])), found, before, after, change))
+    columns = ("Tensors", "Layers changed", "Unchanged", "Found", "Shape before", "Shape after", "Relative change")
+    return Table(columns, tuple(rows), "lrrlrrr")
+
+
+def _layer_of(name: str) -> list[int]:
+    return [int(part) for part in name.split(".") if part.isdigit()][:1]
+
+
+def spans(numbers: Iterable[int]) -> str:
+    """`0–3, 5 (5)`: whole numbers as ranges, and how many there are; a dash for none."""
+    ordered = sorted(set(numbers))
+    if not ordered:
+        return "–"
+    parts: list[list[int]] = []
+    for number in ordered:
+        if parts and parts[-1][-1] == number - 1:
+            parts[-1] = [parts[-1][0], number]
+        else:
+            parts.append([number])
+    text = ", ".join("–".join(map(str, part)) for part in parts)
+    return f"{text} ({len(ordered)})" if len(ordered) > 1 else text
 
 
 def shape(value: tuple[int, ...] | None) -> str:
