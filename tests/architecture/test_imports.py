@@ -123,6 +123,7 @@ def test_nothing_reads_pickles() -> None:
         ("cut --help", ("torch", "transformers", "matplotlib")),
         ("verify --help", ("torch", "transformers", "matplotlib")),
         ("diff --help", ("torch", "transformers", "matplotlib")),
+        ("canary --help", ("torch", "transformers", "numpy")),
     ],
 )
 def test_verbs_import_little(what: str, banned: tuple[str, ...]) -> None:

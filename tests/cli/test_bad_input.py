@@ -103,7 +103,7 @@ DAMAGES: list[tuple[Damage, int, str]] = [
 
 
 @pytest.mark.parametrize(("damage", "code", "says"), DAMAGES, ids=lambda v: getattr(v, "__name__", None))
-@pytest.mark.parametrize("verb", ["inspect", "cut", "observe", "kld"])
+@pytest.mark.parametrize("verb", ["inspect", "cut", "observe", "kld", "canary"])
 def test_damaged_checkpoints(
     base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], verb: str, damage: Damage, code: int, says: str
 ) -> None:
@@ -117,6 +117,7 @@ def test_damaged_checkpoints(
         "cut": (base, "--plan", tmp_path / "plan.json", "-o", out),
         "observe": (base, "--corpus", tmp_path / "c.jsonl", "-o", out),
         "kld": (base, base, "--corpus", tmp_path / "c.jsonl", "-o", out),
+        "canary": (base, base, "-o", out),
     }[verb]
     got, shown = gemcut(capsys, verb, *args)
     assert got == code, shown
