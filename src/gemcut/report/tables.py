@@ -221,22 +221,29 @@ def change_rows(data: ReportData) -> Table | None:
     layers whose tensor of this kind has the base's bytes."""
     if data.manifest is None:
         return None
-    groups: dict[tuple[str, str, str, str], list[TensorFact]] = {}
+    groups: dict[tuple[str, str], list[TensorFact]] = {}
     same: dict[str, list[int]] = {}
     for fact in data.manifest.tensors:
         pattern = ".".join("*" if part.isdigit() else part for part in fact.name.split("."))
         if fact.found == "same":
             same.setdefault(pattern, []).extend(_layer_of(fact.name))
             continue
-        groups.setdefault((pattern, fact.found, shape(fact.shape_before), shape(fact.shape_after)), []).append(fact)
+        groups.setdefault((pattern, fact.found), []).append(fact)
     rows = []
-    for (pattern, found, before, after), facts in groups.items():
+    for (pattern, found), facts in groups.items():
         known = [fact.relative_change for fact in facts if fact.relative_change is not None]
         change = f"{min(known):.2g} – {max(known):.2g}" if known else "–"
         layers = [layer for fact in facts for layer in _layer_of(fact.name)]
+        before, after = (
+            _shapes(shapes) for shapes in zip(*((f.shape_before, f.shape_after) for f in facts), strict=True)
+        )
         rows.append((pattern, spans(layers), spans(same.get(pattern, [])), found, before, after, change))
     columns = ("Tensors", "Layers changed", "Unchanged", "Found", "Shape before", "Shape after", "Relative change")
     return Table(columns, tuple(rows), "lrrlrrr")
+
+
+def _shapes(found: Iterable[tuple[int, ...] | None]) -> str:
+    return ", ".join(dict.fromkeys(map(shape, found)))
 
 
 def _layer_of(name: str) -> list[int]:
