@@ -106,7 +106,7 @@ class CanaryWords(_Words):
     """The gate that talks to the model; see `gemcut canary`."""
 
     max_new_tokens: int = Field(default=48, ge=4, description="answers are cut off there")
-    newly_broken: float = Field(default=0.2, ge=0, le=1, description="most answers newly broken, as a share")
+    newly_broken: float = Field(default=0.25, ge=0, le=1, description="most answers newly broken, as a share")
     nll_ratio: float = Field(default=2.0, ge=1, description="most NLL of known-good answers, against the base")
     salvage: bool = Field(
         default=True, description="heads: search the largest set of layers that passes, restore the others"
