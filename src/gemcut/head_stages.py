@@ -27,6 +27,7 @@ from gemcut.types import HeadImportance, Json, Plan
 
 if TYPE_CHECKING:
     from gemcut.stream.corpus import Corpus
+    from gemcut.surgery.heal.settings import HealSettings
 
 Progress = Callable[[int, int, str], None]
 
@@ -138,17 +139,22 @@ def heal(
 ) -> HealReport:
     """Refit what is left of each output projection; goes on where a killed heal stopped."""
     from gemcut.stream.devices import use_free_cores
-    from gemcut.surgery.heal.settings import HealSettings
     from gemcut.surgery.heal.stream import heal as room
 
     use_free_cores()
-    settings = HealSettings(
+    return room(base, plan, corpus, out, settings=heal_settings(words), force=force, progress=progress)
+
+
+def heal_settings(words: HealWords) -> HealSettings:
+    """The room's settings from the recipe's words."""
+    from gemcut.surgery.heal.settings import HealSettings
+
+    return HealSettings(
         method=words.method,
         ridges=words.ridges,
         device=words.device,
         dtype=None if words.dtype == "auto" else words.dtype,
     )
-    return room(base, plan, corpus, out, settings=settings, force=force, progress=progress)
 
 
 # ---------------------------------------------------------------- canary and salvage

@@ -11,11 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gemcut import machine, models, records, stages, store
+import numpy as np
+
+from gemcut import machine, models, records, stages, store, surgery
+from gemcut.checkpoint.gather import edited
 from gemcut.checkpoint.read import Checkpoint
 from gemcut.errors import MissingError
-from gemcut.recipe import STAGES, Observe, PlanWords, Recipe
-from gemcut.types import Plan
+from gemcut.plan import plan_heads
+from gemcut.recipe import STAGES, HeadWords, HealWords, Observe, PlanWords, Recipe, layers_of
+from gemcut.types import DTYPE_BYTES, Plan, Scores
 
 if TYPE_CHECKING:
     from gemcut.stream.corpus import Corpus
@@ -64,11 +68,18 @@ def estimate(recipe: Recipe, runs: Path, *, until: str = "report") -> Preflight:
     )
     rates = machine.measure_rates(base.path / next(iter(base.shards)), runs)
     choices = 1 + len(recipe.compare)
-    kept = kept_bytes(base, recipe.plan.keep) if isinstance(recipe.plan, PlanWords) else base.size_bytes
+    words = recipe.plan
+    kept = (
+        kept_bytes(base, words.keep) if isinstance(words, PlanWords) else planned_bytes(base, some_heads(base, words))
+    )
     costs = [_observe(base, corpus, recipe.observe, rates)]
     costs.append(StageCost("plan", "", 0, choices * _SMALL_WRITE_BYTES, _LIGHT_MEMORY_BYTES, None))
+    if recipe.heal is not None and isinstance(words, HeadWords):
+        costs.append(_heal(base, some_heads(base, words), recipe.heal, recipe.observe.corpus, rates))
     costs.append(_copy("cut", choices * base.size_bytes, choices * kept, rates))
     costs.append(_copy("verify", base.size_bytes + kept, _SMALL_WRITE_BYTES, rates))
+    if recipe.canary is not None:
+        costs.append(_canary(base))
     if recipe.kld is not None:
         text = stages.read_corpus(recipe.kld.corpus, base, recipe.kld.max_tokens, recipe.kld.max_tokens_per_item)
         costs.append(_kld(base, text, choices, kept, recipe.kld.dtype, rates))
@@ -116,8 +127,20 @@ def kept_bytes(base: Checkpoint, keep: int) -> int:
 
 def planned_bytes(base: Checkpoint, plan: Plan) -> int:
     """Size after a plan."""
-    counts = [len(layer.keep) for layer in plan.layers.values()]
-    return kept_bytes(base, counts[0]) if counts and plan.kind == "experts" else base.size_bytes
+    edits = surgery.edits_for(plan, base)
+    after = (edited(ref, edits.get(name)) for name, ref in base.tensors.items())
+    return sum(DTYPE_BYTES[ref.dtype] * ref.elements for ref in after if ref is not None)
+
+
+def some_heads(base: Checkpoint, words: HeadWords) -> Plan:
+    """A plan of as many heads as the recipe asks for, whichever they are: all that a size depends on."""
+    values = np.arange(sum(site.kind == "heads" for site in base.sites), dtype=np.float64)
+    heads = max(site.units for site in base.sites if site.kind == "heads")
+    every = tuple(site.layer for site in base.sites if site.kind == "heads")
+    scores = Scores("none", {}, "heads", every, values[:, None] + np.arange(heads), base.fingerprint, "", "")
+    names = base.tensors.keys()
+    shapes = {layer: base.family.attention(base.text_config, names, layer) for layer in every}
+    return plan_heads(scores, shapes, drop=words.drop, layers=layers_of(words.layers), mode=words.mode).plan
 
 
 def _observe(base: Checkpoint, corpus: Corpus, words: Observe, rates: machine.Rates) -> StageCost:
@@ -140,6 +163,32 @@ def _kld(base: Checkpoint, text: Corpus, choices: int, kept: int, dtype: str, ra
     hidden = text.tokens * int(str(base.text_config.get("hidden_size", 0))) * widest * (1 + choices)
     seconds = max(passes / (rates.flops * _EFFICIENCY), read / rates.read if rates.read else 0.0)
     return StageCost("kld", "", read, _SMALL_WRITE_BYTES, 2 * layer + hidden + _KLD_EXTRA_BYTES, seconds)
+
+
+def _heal(base: Checkpoint, plan: Plan, words: HealWords, observed: str, rates: machine.Rates) -> StageCost:
+    from gemcut.head_stages import heal_settings
+    from gemcut.surgery.heal.memory import heal_disk_bytes, heal_memory_bytes
+
+    settings = heal_settings(words)
+    text = stages.read_corpus(words.corpus or observed, base, words.max_tokens, words.max_tokens_per_item)
+    longest = max(len(row.ids) for row in text.items)
+    compute = 3 * 2 * active_parameters(base) * text.tokens / (rates.flops * _EFFICIENCY)  # dense, cut, healed
+    reading = base.size_bytes / rates.read if rates.read else 0.0
+    return StageCost(
+        "heal",
+        "",
+        base.size_bytes,
+        heal_disk_bytes(base, plan, settings, tokens=text.tokens),
+        heal_memory_bytes(base, plan, settings, longest=longest),
+        max(compute, reading),
+    )
+
+
+def _canary(base: Checkpoint) -> StageCost:
+    """One model at a time, whole; the salvage search asks again as often as it needs, so that no time is said."""
+    small = base.size_bytes <= 1 << 30  # answered in float32
+    need = base.size_bytes * (2 if small else 1) + _KLD_EXTRA_BYTES
+    return StageCost("canary", "", 2 * base.size_bytes, _SMALL_WRITE_BYTES, need, None)
 
 
 def _layer_bytes(base: Checkpoint) -> list[int]:
