@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator
 
 from gemcut.errors import UsageError
 from gemcut.types import Json
 
 SCHEMA = 1
 STAGES = ("observe", "plan", "heal", "cut", "verify", "canary", "kld", "report")
-
-LayerRanges = Annotated[str, Field(pattern=r"^\d{1,4}(-\d{1,4})?(,\d{1,4}(-\d{1,4})?)*$")]
+_LAYERS = re.compile(r"\d{1,4}(-\d{1,4})?(,\d{1,4}(-\d{1,4})?)*")
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,79}$")]
 
 
@@ -80,10 +80,17 @@ class HeadWords(_Words):
 
     kind: Literal["heads"]
     drop: float = Field(gt=0, description="query heads dropped per layer: a share below 1, or a count")
-    layers: LayerRanges | None = Field(default=None, description="for example 0-3,5; all of them by default")
+    layers: str | None = Field(default=None, description="for example 0-3,5; all of them by default")
     mode: Literal["mask", "structural"] = Field(
         default="mask", description="write zeros, or take rows and columns out and change the config's counts"
     )
+
+    @field_validator("layers")
+    @classmethod
+    def _are_ranges(cls, text: str | None) -> str | None:
+        if text is not None and not _LAYERS.fullmatch(text):
+            raise ValueError("layers are numbers and ranges, for example 0-3,5")
+        return text
 
 
 class HealWords(_Words):
@@ -257,7 +264,7 @@ def build(data: dict[str, Json], where: str = "recipe") -> Recipe:
         spot = _spot(first["loc"])
         wanted = sorted(Recipe.model_fields) if first["type"] == "extra_forbidden" and len(first["loc"]) == 1 else None
         raise UsageError(
-            f"{spot}: {first['msg']}",
+            f"{spot}: {first['msg'].removeprefix('Value error, ')}",
             where=where,
             got=repr(first.get("input"))[:80],
             wanted=", ".join(wanted) if wanted else None,
@@ -331,7 +338,9 @@ def _part(model: type[_W], said: dict[str, Json], sets: tuple[str, ...]) -> _W:
         first = error.errors()[0]
         spot = ".".join(str(part) for part in first["loc"])
         raise UsageError(
-            f"{spot}: {first['msg']}", got=repr(first.get("input"))[:80], hint="gemcut show schema lists every word"
+            f"{spot}: {first['msg'].removeprefix('Value error, ')}",
+            got=repr(first.get("input"))[:80],
+            hint="gemcut show schema lists every word",
         ) from None
 
 

@@ -156,6 +156,7 @@ def _check_intent(base: Checkpoint, facts: tuple[TensorFact, ...], edits: Edits)
         where=_names(wrong),
         got=_describe(first),
         wanted=_intent(base.tensors.get(min(wrong)), edits.get(min(wrong))),
+        hint="was it healed? then name the heal as well" if first is not None and first.found == "values" else None,
     )
 
 

@@ -52,7 +52,12 @@ def observe(
     talk.say(f"{base.name}: {len(text.items)} items, {text.tokens:,} tokens, classes {', '.join(text.classes)}")
     stages.observe(base, text, Path(out), words, force=force, progress=talk.progress)
     summary = stages.statistics_summary(Path(out))
-    talk.result(summary, path=out, text=f"{out}: {summary['tokens']:,} tokens, {summary['layers']} layers with experts")
+    talk.result(
+        summary,
+        path=out,
+        text=f"{out}: {summary['tokens']:,} tokens, {summary['items']} items"
+        + (f", {summary['layers']} layers with experts" if summary["layers"] else ""),
+    )
 
 
 @click.command()

@@ -300,7 +300,7 @@ def _shapes(checkpoint: Checkpoint, layers: Collection[int] | None) -> dict[int,
     if not wanted or not set(wanted) <= set(there):
         raise UsageError(
             "there is no such layer with attention heads",
-            got=", ".join(map(str, sorted(set(wanted) - set(there)))) or "no layer at all",
+            got=f"layer {min(set(wanted) - set(there))}" if wanted else "no layer at all",
             wanted=f"some of {there[0]} to {there[-1]}" if there else "a model with attention heads",
         )
     return {layer: family.attention(checkpoint.text_config, names, layer) for layer in wanted}
