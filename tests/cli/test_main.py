@@ -38,6 +38,9 @@ def test_help_lists_every_verb_on_stdout() -> None:
         (("run", "demo-moe", "--until", "noon"), 2, "noon"),
         (("plan", "experts", "nowhere", "--keep", "3"), 2, "--explain"),
         (("inspect", "demo:huge"), 2, "demo:moe"),
+        (("run", "demo-moe", "--no-salvage"), 2, "no canary"),
+        (("run", "demo-heads", "--set", "plan.layers=all", "--until", "plan"), 2, "for example 0-3,5"),
+        (("plan", "heads", "nowhere", "--drop", "0.125", "-o", "p.json"), 2, "nowhere"),
     ],
 )
 def test_wrong_use_is_one_clear_message(tmp_path: Path, args: tuple[str, ...], code: int, says: str) -> None:

@@ -21,16 +21,37 @@ _UNTIL = click.option("--until", default="report", show_default=True, metavar="S
 @_SET
 @_UNTIL
 @_RUNS
+@click.option("--no-salvage", is_flag=True, help="A failed canary ends the run (exit code 5) instead of a search.")
 @options.force
 @options.dry_run
 @options.talk
-def run(recipe: str, sets: tuple[str, ...], until: str, runs: str, force: bool, dry_run: bool, talk: Talk) -> None:
+def run(
+    recipe: str,
+    sets: tuple[str, ...],
+    until: str,
+    runs: str,
+    no_salvage: bool,
+    force: bool,
+    dry_run: bool,
+    talk: Talk,
+) -> None:
     """Run a recipe: observe, plan, cut, verify, kld, report. Resumes.
 
     RECIPE is a YAML file or the name of a shipped recipe (gemcut list recipes). Finished stages are kept; a killed
     run goes on where it stopped.
     """
+    if no_salvage:
+        _need_canary(recipe, sets)
+        sets = (*sets, "canary.salvage=false")
     _run(recipe, sets, until, Path(runs), force, dry_run, talk)
+
+
+def _need_canary(ref: str, sets: tuple[str, ...]) -> None:
+    from gemcut import recipe
+    from gemcut.errors import UsageError
+
+    if recipe.load(ref, sets).canary is None:
+        raise UsageError("there is nothing to salvage: the recipe has no canary", where=ref)
 
 
 @click.command()
