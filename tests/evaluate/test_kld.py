@@ -17,10 +17,10 @@ from transformers import AutoModelForCausalLM
 
 from gemcut.checkpoint.read import Checkpoint, open_checkpoint
 from gemcut.errors import CheckpointError, QualityError, UsageError
-from gemcut.evaluate.kld import kld, perplexity
+from gemcut.evaluate.kld import kld, kld_chunks, perplexity
 from gemcut.records.results import kld_from_json, kld_to_json
 from gemcut.stream.corpus import Corpus, load_corpus
-from gemcut.types import KldResult, KldRow
+from gemcut.types import Estimate, KldResult, KldRow
 
 SIZES = {"code": (40, 9, 130, 40, 130, 40), "math": (9, 40, 9), "prose": (55,)}
 SHAPE = {"num_hidden_layers": 3, "layer_types": ["sliding_attention", "full_attention", "full_attention"]}
@@ -191,6 +191,24 @@ def test_batches_and_memory_do_not_change_the_figures(
             assert b.p99.high == pytest.approx(a.p99.high, abs=1e-6)
             assert b.same_top.value == a.same_top.value
     assert list(tmp_path.iterdir()) == []  # nameless files: nothing is left, not even after a kill
+
+
+def test_chunks_give_the_same_means_and_pair_the_candidates(
+    corpus: Corpus, checkpoints: dict[str, Checkpoint], plain: KldResult
+) -> None:
+    candidates = [checkpoints["cut"], checkpoints["noisy"], checkpoints["cut"]]
+    found = kld_chunks(checkpoints["base"], candidates, corpus, dtype="float32")
+    assert found.mean(0) == plain.rows[-1].mean
+    assert int(found.tokens.sum()) == corpus.scored_tokens
+    assert found.kl.shape == (3, len(corpus.items))
+    difference = found.difference(0, 1)
+    assert difference.value == pytest.approx(found.mean(0).value - found.mean(1).value)
+    assert difference.value != 0
+    # the same model twice: unpaired intervals would be as wide as those of the means
+    assert found.difference(0, 2) == Estimate(0.0, 0.0, 0.0, len(corpus.items))
+    assert found.ratio(0, 2) == Estimate(1.0, 1.0, 1.0, len(corpus.items))
+    with pytest.raises(UsageError, match="no candidate"):
+        kld_chunks(checkpoints["base"], [], corpus)
 
 
 def test_chunks_are_items_or_runs_of_their_tokens(

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -154,6 +155,17 @@ def test_scores_and_layers_that_do_not_fit() -> None:
         plan_heads(scores_of(np.ones((2, 8)), kind="experts"), shapes, drop=1)
     with pytest.raises(UsageError, match="no such way"):
         plan_heads(random_scores(2, 8), shapes, drop=1, mode="free")  # type: ignore[arg-type]
+
+
+def test_scores_of_a_joint_search_answer_one_question_only() -> None:
+    shapes = dict.fromkeys(range(2), attention(8, 2))
+    searched = replace(random_scores(2, 8), criterion="obs", params={"drop": 2, "mode": "mask"})
+    assert plan_heads(searched, shapes, drop=0.25).dropped == 2
+    with pytest.raises(UsageError, match="another cut") as caught:
+        plan_heads(searched, shapes, drop=1)
+    assert (caught.value.where, caught.value.got, caught.value.wanted) == ("obs, drop", 2, 1)
+    with pytest.raises(UsageError, match="another cut"):
+        plan_heads(searched, shapes, drop=2, mode="structural")
 
 
 def test_protected_heads_go_last() -> None:

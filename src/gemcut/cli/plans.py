@@ -67,7 +67,7 @@ def experts(
 )
 @click.option("--layers", metavar="RANGES", help="For example 0-3,5; all by default.")
 @click.option("--structural", is_flag=True, help="Take rows and columns out instead of writing zeros.")
-@click.option("--criterion", default="norm", show_default=True, help="gemcut list criteria.")
+@click.option("--criterion", default="obs", show_default=True, help="gemcut list criteria.")
 @click.option("--param", "params", multiple=True, metavar="NAME=VALUE", help="A parameter of the criterion.")
 @click.option("--importance", type=click.Path(), help="What gemcut ablate measured, for loo and taylor.")
 @click.option("-o", "--out", required=True, type=click.Path(), help="Where plan.json goes.")

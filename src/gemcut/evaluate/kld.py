@@ -22,6 +22,7 @@ import torch
 
 from gemcut.checkpoint.read import Checkpoint
 from gemcut.errors import CheckpointError, QualityError, UsageError
+from gemcut.evaluate.chunks import KldChunks
 from gemcut.evaluate.interval import RESAMPLES, Bootstrap
 from gemcut.evaluate.kld_tile import compare, rows_per_tile
 from gemcut.stream.corpus import Corpus
@@ -138,6 +139,32 @@ def kld(
             )
         )
     return results
+
+
+def kld_chunks(
+    base: Checkpoint,
+    candidates: Sequence[Checkpoint],
+    corpus: Corpus,
+    *,
+    device: str = "cpu",
+    dtype: str | None = None,
+    seed: int = 0,
+    resamples: int = RESAMPLES,
+    chunk_tokens: int | None = None,
+    batch_tokens: int = BATCH_TOKENS,
+    memory_bytes: int | None = None,
+    scratch: Path | None = None,
+    progress: Progress | None = None,
+) -> KldChunks:
+    """KL of every chunk and candidate, for paired comparisons. Positions, arguments, errors as in `kld`."""
+    if not candidates:
+        raise UsageError("no candidate to compare with the base", where=base.name)
+    settings = _Settings(device, dtype, chunk_tokens, batch_tokens, memory_bytes, scratch, progress)
+    measured = _measure([base, *candidates], corpus, settings)
+    _, _, strata = _rows_of(corpus, measured)[-1]
+    tokens = np.bincount(measured.chunk).astype(np.int64)
+    kl = np.stack([_sums(one, measured.chunk) for one in measured.kl])
+    return KldChunks(strata, tokens, kl, seed, resamples)
 
 
 def perplexity(

@@ -52,8 +52,9 @@ def plan_heads(
 
     Raises:
         UsageError: a share or count that drops no head or all of them, layers that do not exist or have no scores,
-            scores of something else; for `structural` also a number of heads that the layers or the config cannot
-            hold (the message names the nearest that they can), only some of the layers, shared keys and values.
+            scores of something else, or scores that were searched for another number of heads or another mode; for
+            `structural` also a number of heads that the layers or the config cannot hold (the message names the nearest
+            that they can), only some of the layers, shared keys and values.
     """
     if mode not in HEAD_MODES:
         raise UsageError("no such way to drop heads", got=repr(mode)[:60], wanted=" or ".join(HEAD_MODES))
@@ -62,6 +63,7 @@ def plan_heads(
     chosen = _chosen(scores, shapes, layers)
     heads = _heads(scores, shapes, chosen)
     count, notes = _count(drop, heads)
+    _refuse_other_question(scores, count, mode)
     kv_heads = {layer: (shapes[layer].kv_heads, shapes[layer].kv_heads) for layer in chosen}
     if mode == "structural":
         _check_structural(shapes, chosen, heads, count)
@@ -129,6 +131,20 @@ def _heads(scores: Scores, shapes: Mapping[int, Attention], chosen: tuple[int, .
                 hint="are they scores of another model?",
             )
     return scores.units
+
+
+def _refuse_other_question(scores: Scores, count: int, mode: HeadMode) -> None:
+    """Scores of a joint search name the set that is best for one number of heads, and say nothing of another."""
+    for what, wanted in (("drop", count), ("mode", mode)):
+        found = scores.params.get(what, wanted)
+        if found != wanted:
+            raise UsageError(
+                "the scores were searched for another cut",
+                where=f"{scores.criterion}, {what}",
+                got=found,
+                wanted=wanted,
+                hint="score the heads again for this plan",
+            )
 
 
 def _count(drop: float, heads: int) -> tuple[int, list[str]]:

@@ -1,0 +1,420 @@
+"""What cutting attention heads costs: every selection with every heal, on held-out text; and the heal at 31B's width.
+
+    python bench/bench_heads.py [--json] [--tokens 16384 --held-out 12288 --loo-tokens 4096] [--only heads,solve]
+
+Heads: 1 and 2 of 8 query heads in every layer of the demo dense checkpoint. Each selection is cut without a heal, with
+the recipe that was published before, and with ours; all of them are compared with the base on the same held-out
+chunks, so that differences and ratios are paired. Texts that were looked at while the default was chosen (the first
+`LOOKED_AT` tokens of the held-out corpus) are left out.
+
+The published recipe: W_Kᵀ = (XᵀX + λI)⁻¹ XᵀY on 1024 samples, λ = 0.01 · mean(diag XᵀX), a ridge to zero, unweighted,
+layer after layer with X from the cut and refitted layers before and Y from the dense model. Here it runs on samples of
+all classes and on samples of one.
+
+Solve: the Gram matrix and the refit of one full-attention layer of 31B (32 heads of 512, hidden 5376) on random data,
+in a process of its own; VmHWM.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from gemcut import head_stages, surgery
+from gemcut.ablate.loo import loo_bytes
+from gemcut.checkpoint import Checkpoint, open_checkpoint
+from gemcut.checkpoint.header import read_header
+from gemcut.checkpoint.write import write_checkpoint
+from gemcut.evaluate.chunks import KldChunks
+from gemcut.evaluate.kld import kld_chunks
+from gemcut.observe.run import observe
+from gemcut.observe.settings import ObserveSettings
+from gemcut.plan.heads import plan_heads
+from gemcut.score.heads import HEAD_CRITERIA, HEAD_DEFAULT, rank_correlation, score_heads
+from gemcut.stream.corpus import Corpus, load_corpus
+from gemcut.stream.model import StreamedModel
+from gemcut.surgery.edits import config_for, edits_for
+from gemcut.surgery.heal.layer import Tap
+from gemcut.surgery.heal.settings import HealSettings, Job, jobs_of
+from gemcut.surgery.heal.stream import heal
+from gemcut.types import Estimate, HeadImportance, Plan, Replace, Scores
+
+DEMO = Path(__file__).resolve().parent.parent / "demo"
+SELECTIONS = ("random", "norm", "taylor", "loo", "obs")
+HEALS = ("none", "card, one class", "card, mixed", "ours")
+SIZES = (0.125, 0.25)
+SAMPLES = 1024
+LOOKED_AT = 16000
+DTYPE = "float32"
+HIDDEN, COLUMNS = 5376, 32 * 512  # one full-attention layer of 31B
+SOLVE_TOKENS, BLOCK = 2048, 1024
+SOLVE_LIMIT = 12 << 30
+
+
+# ---------------------------------------------------------------- texts
+
+
+def unseen(base: Path, tokens: int) -> Corpus:
+    """Held-out items that nobody looked at, classes in turn, up to so many tokens."""
+    path = DEMO / "corpus" / "heldout.jsonl"
+    seen = {row.id for row in load_corpus(path, base, max_tokens=LOOKED_AT).items}
+    every = load_corpus(path, base)
+    queues = {cls: [row for row in every.items if row.cls == cls and row.id not in seen] for cls in every.classes}
+    taken, room = [], tokens
+    while any(queues.values()):
+        for cls, queue in queues.items():
+            if queue and len(queue[0].ids) <= room:
+                room -= len(queue[0].ids)
+                taken.append(queue.pop(0))
+            else:
+                queues[cls] = []
+    return dataclasses.replace(every, items=tuple(taken))
+
+
+def samples(corpus: Corpus, classes: Iterable[str]) -> list[torch.Tensor]:
+    """SAMPLES tokens, as many of each class: sequences [S] of token ids from the start of the items."""
+    wanted = list(classes)
+    out = []
+    for i, cls in enumerate(wanted):
+        room = SAMPLES * (i + 1) // len(wanted) - SAMPLES * i // len(wanted)
+        for row in corpus.items:
+            if row.cls == cls and room > 1:
+                out.append(torch.from_numpy(np.array(row.ids[:room], np.int64)))
+                room -= len(out[-1])
+    return out
+
+
+# ---------------------------------------------------------------- the published recipe
+
+
+def published(base: Checkpoint, plan: Plan, texts: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """New output projections by name, as the published recipe fits them."""
+    jobs = jobs_of(base, plan)
+    out = {}
+    with StreamedModel.open(base, dtype=DTYPE) as model:
+        dense = [model.embed(ids[None]) for ids in texts]
+        cut = [one.clone() for one in dense]
+        for i in range(model.n_layers):
+            with model.layer(i) as module:
+                linear = module.get_submodule(jobs[i].module)
+                with Tap(linear) as tap:
+                    target, dense = _tapped(model, module, tap, dense, 1)
+                    inputs, _ = _tapped(model, module, tap, cut, 0)
+                out[jobs[i].tensor] = _to_zero(jobs[i], inputs, target, linear.weight)
+                with torch.no_grad():
+                    linear.weight.copy_(out[jobs[i].tensor])
+                cut = [model.run_layer(module, one) for one in cut]
+    return out
+
+
+def _tapped(
+    model: StreamedModel, module: torch.nn.Module, tap: Tap, hidden: list[torch.Tensor], side: int
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Inputs (side 0) or outputs (1) of the projection, all sequences one after the other, and the layer's outputs."""
+    rows, after = [], []
+    for one in hidden:
+        after.append(model.run_layer(module, one))
+        rows.append(tap.take()[side])
+    return torch.cat(rows), after
+
+
+def _to_zero(job: Job, x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    columns = torch.from_numpy(job.columns)
+    kept, target = x[:, columns].double(), y.double()
+    gram = kept.T @ kept
+    gram.diagonal().add_(max(0.01 * float(gram.diagonal().mean()), 1e-6))
+    whole = torch.zeros_like(weight)
+    whole[:, columns] = torch.linalg.solve(gram, kept.T @ target).T.to(weight.dtype)
+    return whole
+
+
+def write_published(base: Checkpoint, plan: Plan, texts: list[torch.Tensor], out: Path) -> None:
+    """The cut checkpoint with the published recipe's projections."""
+    from safetensors.torch import save_file
+
+    file = out.with_suffix(".safetensors")
+    save_file({name: w.to(torch.bfloat16).contiguous() for name, w in published(base, plan, texts).items()}, file)
+    edits = dict(edits_for(plan, base))
+    edits |= {ref.name: Replace(file, ref) for ref in read_header(file, file.name).tensors}
+    write_checkpoint(base, edits, config_for(plan, base), out)
+
+
+# ---------------------------------------------------------------- all of it
+
+
+class Bench:
+    """Selections, heals and candidates on the demo dense checkpoint."""
+
+    def __init__(self, root: Path, tokens: int, held_out: int, loo_tokens: int) -> None:
+        self.root = root
+        self.base = open_checkpoint(DEMO / "dense")
+        path = DEMO / "corpus" / "calibration.jsonl"
+        self.calibration = load_corpus(path, self.base.path, max_tokens=tokens)
+        self.loo_corpus = load_corpus(path, self.base.path, max_tokens=loo_tokens)
+        self.held_out = unseen(self.base.path, held_out)
+        classes = self.calibration.classes
+        self.texts = {
+            "card, mixed": samples(self.calibration, classes),
+            "card, one class": samples(self.calibration, classes[:1]),
+        }
+        self.seconds: dict[str, float] = {}
+        self.importance: dict[str, HeadImportance] = {}
+        self.scores: dict[tuple[str, float], Scores] = {}
+        self.used: list[bool] = []
+
+    def timed(self, what: str, run: Callable[[], Any]) -> Any:
+        start = time.perf_counter()
+        found = run()
+        self.seconds[what] = round(time.perf_counter() - start, 3)
+        print(f"{what}: {self.seconds[what]:.1f} s", file=sys.stderr, flush=True)
+        return found
+
+    def select(self) -> dict[tuple[str, float], Plan]:
+        """Plans by selection and size."""
+        base, statistics = self.base, self.root / "statistics"
+        settings = ObserveSettings(dtype=DTYPE, gram_tokens=self.calibration.tokens)
+        self.timed("observe", lambda: observe(base, self.calibration, statistics, settings=settings))
+        corpora = {"loo": self.loo_corpus, "taylor": self.calibration}
+        for method, corpus in corpora.items():
+            self.importance[method] = self.timed(
+                method, lambda m=method, c=corpus: head_stages.importance(base, c, m, None, dtype=DTYPE)
+            )
+        names = base.tensors.keys()
+        shapes = {s.layer: base.family.attention(base.text_config, names, s.layer) for s in base.sites}
+        plans = {}
+        for name in dict.fromkeys((*SELECTIONS, HEAD_DEFAULT)):
+            known = self.importance[name].values if HEAD_CRITERIA[name].measured else None
+            for share in SIZES:
+                count = head_stages.head_count(base, share)
+                scores = self.timed(
+                    f"score {name} {share:g}",
+                    lambda n=name, c=count, k=known: score_heads(base, statistics, n, drop=c, importance=k),
+                )
+                self.scores[name, share] = scores
+                plans[name, share] = plan_heads(scores, shapes, drop=share).plan
+        return plans
+
+    def candidates(self, plans: Mapping[tuple[str, float], Plan]) -> dict[tuple[str, float, str], int]:
+        """Every selection, size and heal, and its candidate's number; equal cuts are one candidate. Then KL."""
+        numbers: dict[tuple[object, ...], int] = {}
+        where = {}
+        for (name, share), plan in plans.items():
+            gone = tuple(tuple(sorted(one.drop)) for _, one in sorted(plan.layers.items()))
+            for how in HEALS:
+                new = len(numbers)
+                where[name, share, how] = numbers.setdefault((gone, how), new)
+                if where[name, share, how] == new:
+                    self.timed(f"{name} {share:g} {how}", lambda p=plan, h=how, n=new: self.write(p, h, n))
+        return where
+
+    def write(self, plan: Plan, how: str, number: int) -> None:
+        out = self.root / f"candidate-{number}"
+        if how in self.texts:
+            write_published(self.base, plan, self.texts[how], out)
+            return
+        healed = None
+        if how == "ours":
+            healed = self.root / f"heal-{number}"
+            report = heal(self.base, plan, self.calibration, healed, settings=HealSettings(dtype=DTYPE))
+            self.used += [one.used for one in report.layers]
+        surgery.cut(self.base, plan, out, healed=healed)
+
+    def run(self) -> dict[str, Any]:
+        where = self.candidates(self.select())
+        opened = [open_checkpoint(self.root / f"candidate-{i}") for i in range(max(where.values()) + 1)]
+        found = self.timed("kld", lambda: kld_chunks(self.base, opened, self.held_out, dtype=DTYPE))
+        return self.tables(where, found)
+
+    def tables(self, where: Mapping[tuple[str, float, str], int], found: KldChunks) -> dict[str, Any]:
+        """Everything as JSON."""
+        cells, removed, against = [], [], []
+        for (name, share, how), at in where.items():
+            ours = where[HEAD_DEFAULT, share, "ours"]
+            minus = {} if at == ours else {"minus_default": _json(found.difference(at, ours))}
+            cells.append({"selection": name, "share": share, "heal": how, "kld": _json(found.mean(at)), **minus})
+            if how == "ours":
+                share_left = found.ratio(at, where[name, share, "none"])
+                removed.append({"selection": name, "share": share, "removed": _json(_less(share_left))})
+        for share in SIZES:
+            target = where["loo", share, "card, mixed"]
+            against.append({"share": share, "ratio": _json(found.ratio(where[HEAD_DEFAULT, share, "ours"], target))})
+        loo = self.importance["loo"].values
+        ranks = {
+            name: _json(rank_correlation(s.values, loo))
+            for (name, share), s in self.scores.items()
+            if share == SIZES[0]
+        }
+        size = loo_bytes(self.base, self.loo_corpus, dtype=DTYPE)
+        depth = len(self.importance["loo"].layers)
+        return {
+            "default": HEAD_DEFAULT, "cells": cells, "removed": removed, "against_card": against, "ranks": ranks,
+            "seconds": self.seconds, "loo_passes": round(size.passes / depth, 1), "layers_healed": sum(self.used),
+            "layers_tried": len(self.used), "tokens": self.calibration.tokens, "loo_tokens": self.loo_corpus.tokens,
+            "held_out_tokens": int(found.tokens.sum()), "chunks": len(found.tokens),
+        }  # fmt: skip
+
+
+def _json(one: Estimate) -> dict[str, float]:
+    return {"value": one.value, "low": one.low, "high": one.high, "n": one.n}
+
+
+def _less(one: Estimate) -> Estimate:
+    """1 − x."""
+    return Estimate(1 - one.value, 1 - one.high, 1 - one.low, one.n)
+
+
+# ---------------------------------------------------------------- 31B's width
+
+
+def solve() -> dict[str, Any]:
+    """Runs in a process of its own: moments of random rows, then the refit of the kept columns."""
+    from gemcut.surgery.heal.solve import Moments, refit
+
+    torch.manual_seed(0)
+    weight = torch.randn(HIDDEN, COLUMNS) / COLUMNS**0.5
+    moments = Moments.zeros(HIDDEN, COLUMNS)
+    seconds = 0.0
+    for _ in range(SOLVE_TOKENS // BLOCK):
+        x = torch.randn(BLOCK, COLUMNS)
+        y = x @ weight.T
+        start = time.perf_counter()
+        moments.add(x, y, 1e-6)
+        seconds += time.perf_counter() - start
+    first = weight.double()
+    del weight
+    start = time.perf_counter()
+    refit(moments, first, 1e-2, "synthetic layer")
+    took = time.perf_counter() - start
+    peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return {
+        "columns": COLUMNS, "hidden": HIDDEN, "tokens": moments.n, "threads": torch.get_num_threads(),
+        "gram_seconds": round(seconds, 1), "solve_seconds": round(took, 1), "peak_bytes": int(peak.split()[1]) * 1024,
+    }  # fmt: skip
+
+
+# ---------------------------------------------------------------- tables
+
+
+def _cell(one: Mapping[str, float], unit: str = "") -> str:
+    return f"{one['value']:.4f}{unit} [{one['low']:.4f}, {one['high']:.4f}]"
+
+
+def _share(one: Mapping[str, float]) -> str:
+    return f"{one['value']:.1%} [{one['low']:.1%}, {one['high']:.1%}]"
+
+
+def rows(found: dict[str, Any]) -> list[dict[str, str]]:
+    """Lines of docs/bench.md."""
+    out: list[dict[str, str]] = []
+    if "heads" in found:
+        out += _head_rows(found["heads"])
+    if "solve" in found:
+        s = found["solve"]
+        out.append({
+            "what": f"heal of one full-attention layer of 31B: {s['columns']} columns, hidden {s['hidden']}",
+            "target": f"≤ {SOLVE_LIMIT / 2**30:.0f} GiB",
+            "measured": f"{s['peak_bytes'] / 2**30:.2f} GiB; sums of {s['tokens']} tokens {s['gram_seconds']} s, solve "
+            f"{s['solve_seconds']} s on {s['threads']} threads; random data, all columns kept, n = 1",
+        })  # fmt: skip
+    return out
+
+
+def _head_rows(r: Mapping[str, Any]) -> list[dict[str, str]]:
+    n = f"{r['held_out_tokens']} held-out tokens, n = {r['chunks']} items"
+    names = list(dict.fromkeys(cell["selection"] for cell in r["cells"]))
+    table = {(c["selection"], c["share"], c["heal"]): c for c in r["cells"]}
+    out = []
+    for share in SIZES:
+        for name in names:
+            cells = [f"{how} {_cell(table[name, share, how]['kld'])}" for how in HEALS]
+            out.append({
+                "what": f"KLD, {share:.1%} of heads in all layers by `{name}`",
+                "target": "",
+                "measured": f"{'; '.join(cells)}; {n}",
+            })  # fmt: skip
+    best = r["default"]
+    for share in SIZES:
+        parts = [f"`{one['selection']}` {_share(one['removed'])}" for one in r["removed"] if one["share"] == share]
+        out.append({
+            "what": f"damage that our heal removes of each selection's own, {share:.1%} of heads",
+            "target": "≥ 60 %",
+            "measured": f"{'; '.join(parts)}; {n}",
+        })  # fmt: skip
+    for one in r["against_card"]:
+        ratio = one["ratio"]
+        out.append({
+            "what": f"`{best}` and our heal against `loo` and the card's recipe on mixed samples, {one['share']:.1%}",
+            "target": "≤ 0.5 ×",
+            "measured": f"{ratio['value']:.2f} × [{ratio['low']:.2f}, {ratio['high']:.2f}], paired; {n}",
+        })  # fmt: skip
+    for share in SIZES:
+        others = [c for c in r["cells"] if c["share"] == share and "minus_default" in c]
+        if others:
+            least = min(others, key=lambda c: c["minus_default"]["value"])
+            d = least["minus_default"]
+            out.append({
+                "what": f"the best other combination minus `{r['default']}` and our heal, {share:.1%}",
+                "target": "≥ 0",
+                "measured": f"{d['value']:+.4f} [{d['low']:+.4f}, {d['high']:+.4f}] nats (`{least['selection']}`, "
+                f"{least['heal']}), paired; {n}",
+            })  # fmt: skip
+    ranks = "; ".join(
+        f"`{k}` {v['value']:.2f} [{v['low']:.2f}, {v['high']:.2f}]" for k, v in r["ranks"].items() if k != "loo"
+    )
+    out.append({"what": "rank correlation with leave-one-out", "target": "", "measured": f"{ranks}; n = 12 layers"})
+    out.append({"what": "cost of a selection", "target": "default ≤ 3 forward passes", "measured": _costs(r)})
+    return out
+
+
+def _costs(r: Mapping[str, Any]) -> str:
+    s = r["seconds"]
+    solves = {name: s[f"score {name} {SIZES[0]:g}"] for name in ("norm", "obs")}
+    return (
+        f"observe 1 pass, {s['observe']:.0f} s on {r['tokens']} tokens; then `norm` {solves['norm']:.1f} s, `obs` "
+        f"{solves['obs']:.1f} s; `taylor` 1 forward and 1 backward pass, {s['taylor']:.0f} s on {r['tokens']} tokens; "
+        f"`loo` {r['loo_passes']:.0f} passes, {s['loo']:.0f} s on {r['loo_tokens']} tokens; n = 1"
+    )
+
+
+def main() -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--tokens", type=int, default=16384, help="calibration tokens")
+    parser.add_argument("--held-out", type=int, default=12288)
+    parser.add_argument("--loo-tokens", type=int, default=4096)
+    parser.add_argument("--only", default="heads,solve")
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        print(json.dumps(solve()))
+        return 0
+    found: dict[str, Any] = {}
+    if "heads" in args.only:
+        with tempfile.TemporaryDirectory() as temporary:
+            found["heads"] = Bench(Path(temporary), args.tokens, args.held_out, args.loo_tokens).run()
+    if "solve" in args.only:
+        done = subprocess.run([sys.executable, __file__, "--child"], check=True, stdout=subprocess.PIPE, text=True)
+        found["solve"] = json.loads(done.stdout.splitlines()[-1])
+    found["rows"] = rows(found)
+    if args.json:
+        print(json.dumps(found, indent=2))
+    else:
+        for row in found["rows"]:
+            print(f"{row['what']}\n  target    {row['target']}\n  measured  {row['measured']}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
