@@ -47,7 +47,7 @@ def inspect(model: str, talk: Talk) -> None:
 @click.command()
 @click.argument("model")
 @click.option("--plan", "plan_file", required=True, type=click.Path(), help="plan.json: which units stay.")
-@click.option("--heal", type=click.Path(), help="A folder of gemcut heal: its projections go into a cut of heads.")
+@click.option("--heal", type=click.Path(), help="A folder of gemcut heal: what it refitted goes into the cut.")
 @options.out_folder
 @click.option("--copy", is_flag=True, help="Copy unchanged shards instead of hard-linking them.")
 @options.force

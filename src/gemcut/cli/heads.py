@@ -1,4 +1,4 @@
-"""`ablate` and `heal`: what the loss says about attention heads, and the refit behind the ones that go."""
+"""`ablate` and `heal`: what the loss says about attention heads, and the refit of what is left after a cut."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def ablate(
 
 @click.command()
 @click.argument("model")
-@click.option("--plan", "plan_file", required=True, type=click.Path(), help="plan.json: which heads stay.")
+@click.option("--plan", "plan_file", required=True, type=click.Path(), help="plan.json: which heads or experts stay.")
 @click.option("--corpus", required=True, help="JSON lines, text, or demo:calibration.")
 @options.out_folder
 @click.option("--max-tokens", type=click.IntRange(min=1), help="Whole items, class by class in turn, up to this many.")
@@ -87,20 +87,21 @@ def heal(
     force: bool,
     talk: Talk,
 ) -> None:
-    """Refit the output projections behind dropped heads, towards the original; resumes by layer.
+    """Refit the output projections behind dropped heads, or the scales of the experts that stay, towards the original.
 
-    A layer whose heal does not beat the cut without it on held-out items keeps its old weights.
+    Resumes by layer. A layer whose heal does not beat the cut without it on held-out items keeps its old weights.
     """
     from gemcut import head_stages, models, recipe, records, stages
 
     words = recipe.heal_words({"corpus": corpus, "max_tokens": max_tokens, "method": method, "device": device}, sets)
     base = models.open_model(model)
     text = stages.read_corpus(corpus, base, words.max_tokens, words.max_tokens_per_item)
-    report = head_stages.heal(
-        base, records.load_plan(Path(plan_file)), text, words, Path(out), force=force, progress=talk.progress
-    )
+    plan = records.load_plan(Path(plan_file))
+    report = head_stages.heal(base, plan, text, words, Path(out), force=force, progress=talk.progress)
+    what = "o_proj's output" if plan.kind == "heads" else "the experts' sum"
     talk.table(
-        f"Residual of o_proj's output, relative, {report.tokens:,} tokens, "
+        f"Residual of {what}, relative, "
+        f"{report.tokens:,} tokens, "
         f"{report.held_out_items} of {report.items} items held out",
         ("layer", "dropped", "samples", "ridge", "condition", "held out, no heal", "held out, healed", "fit", "used"),
         [

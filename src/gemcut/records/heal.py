@@ -1,4 +1,4 @@
-"""`heal.json`: what a heal of head cuts found, layer by layer, and where the healed tensors lie."""
+"""`heal.json`: what a heal of a cut found, layer by layer, and where the healed tensors lie."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ HealMethod: TypeAlias = Literal["sequential", "local"]
 
 @dataclass(frozen=True, slots=True)
 class LayerHeal:
-    """One layer's output projection: refitted, measured, and used or not.
+    """One layer's output projection, or the scales of its experts: refitted, measured, and used or not.
 
     Residuals are relative, sqrt(Σ w‖Ŷ − Y‖² / Σ w‖Y‖²), of the weights in the dtype that they are stored in; `before`
-    is the cut without a heal. `held_out_*` are of items that no fit has seen.
+    is the cut without a heal. `held_out_*` are of items that no fit has seen. Of scales, Ŷ is the sum of the kept
+    experts times the factor that fits Y best: the norm behind it divides by its size, and a common factor is no gain.
 
-    kept: heads that stay; `units` were there, each `head_dim` columns wide.
+    kept: heads or experts that stay; `units` were there, each `head_dim` columns wide (experts: one scale, so 1).
     samples, held_out_samples: tokens behind the fit, and behind the held-out residuals.
     ridge: λ in units of tr(G_KK)/|K|.   ridge_residuals: held-out residual of each ridge that was tried (inner split).
     condition: λ_max/λ_min of G_KK + λI.
@@ -52,7 +53,7 @@ class LayerHeal:
 
     @property
     def dropped(self) -> tuple[int, ...]:
-        """Heads that go."""
+        """Heads or experts that go."""
         return tuple(sorted(set(range(self.units)) - set(self.kept)))
 
 

@@ -24,7 +24,7 @@ def cut(
     """Write the cut checkpoint; the manifest that lies beside it is computed from the written bytes.
 
     Args:
-        healed: a heal of head cuts (see `surgery.heal`): its projections are written for the layers of the plan.
+        healed: a heal of this cut (see `surgery.heal`): what it refitted is written for the layers of the plan.
     Raises:
         UsageError: the plan says what the architecture cannot hold; `out` exists without `force`.
         CheckpointError: the plan was made for another checkpoint.

@@ -13,7 +13,7 @@ from gemcut.types import Edit, Edits, Json, LayerPlan, Mask, Plan, Site, Take
 
 
 def edits_for(plan: Plan, base: Checkpoint, healed: Path | None = None) -> Edits:
-    """What the plan means for each tensor; with a heal, the healed projections of the plan's layers.
+    """What the plan means for each tensor; with a heal, what it refitted in the plan's layers.
 
     Experts are taken out of every fused tensor of the site (gate_up_proj, down_proj, router rows, per_expert_scale).
 

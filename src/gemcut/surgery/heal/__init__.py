@@ -1,4 +1,5 @@
-"""Closed-form heal of head cuts: what is left of each output projection is refitted to what the dense layer gave.
+"""Closed-form heal: what is left of each output projection, or the scale of each expert that stays, is refitted to what
+the dense layer gave.
 
 `stream.heal` and `stored.heal_stored` fit, `edits.heal_edits` turns a finished heal into edits (and needs no torch).
 """

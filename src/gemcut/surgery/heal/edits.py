@@ -13,10 +13,10 @@ from gemcut.types import Edit, Edits, Mask, Replace, Take
 
 
 def heal_edits(folder: Path, edits: Edits, *, layers: Collection[int] | None = None) -> dict[str, Edit]:
-    """The edits of a head cut with the healed projections in them, where the heal is used; the others stay.
+    """The edits of a cut with the healed projections or scales in them, where the heal is used; the others stay.
 
     A mask over the columns of dropped heads becomes the healed tensor, which has zeros there; a take of the columns
-    that stay is taken from it.
+    that stay is taken from it. So are the scales of the experts that stay.
 
     Args:
         folder: what `stream.heal` or `stored.heal_stored` wrote.
@@ -48,7 +48,7 @@ def heal_edits(folder: Path, edits: Edits, *, layers: Collection[int] | None = N
 
 
 def _check_cut(one: LayerHeal, edit: Edit | None) -> Take | None:
-    """What is still to be taken from the healed tensor; refuses a cut of other heads than the heal was fitted for."""
+    """What is still to be taken from the healed tensor; refuses a cut of other units than the heal was fitted for."""
     match edit:
         case None if not one.dropped:
             return None
@@ -56,12 +56,14 @@ def _check_cut(one: LayerHeal, edit: Edit | None) -> Take | None:
             return None
         case Take(axis=1, index=index) if index == _columns(one.kept, one.head_dim):
             return edit if one.dropped else None
+        case Take(axis=0, index=index) if index == one.kept and one.head_dim == 1:  # one scale for each expert
+            return edit
         case _:
             raise CheckpointError(
                 "the heal was made for another plan",
                 where=f"layer {one.layer}, {one.tensor}",
-                got=f"healed for dropped heads {', '.join(map(str, one.dropped)) or 'none'}",
-                wanted="the heads that the plan drops",
+                got=f"healed for dropped units {', '.join(map(str, one.dropped)) or 'none'}",
+                wanted="the units that the plan drops",
                 hint="heal again with this plan",
             )
 

@@ -36,6 +36,8 @@ def heal_memory_bytes(base: Checkpoint, plan: Plan, settings: HealSettings, *, l
         moments = 8 * parts * (kept * kept + hidden * kept)
         batch = tokens * (hidden * (7 * item + 16) + width * (7 * item + 4) + inner * 4 * item) + 6 * length * length
         batch += 8 * _CHUNK_ROWS * 2 * (hidden + kept)
+        if job.kind == "experts":  # what every routed expert adds: as it runs, kept, gathered, and checked
+            batch += tokens * hidden * max(base.family.top_k(base.text_config), 1) * 4 * 4
         solve = 8 * (2 * kept * kept + 4 * hidden * kept + hidden * width)
         running = max(running, weights + moments + batch)
         solving = max(solving, weights + moments + solve)

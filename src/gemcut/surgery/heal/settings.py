@@ -14,7 +14,7 @@ from gemcut.records.heal import HealMethod
 from gemcut.stream.corpus import Corpus
 from gemcut.stream.hidden import BATCH_TOKENS
 from gemcut.surgery import check_plan
-from gemcut.types import I64, Json, Plan
+from gemcut.types import I64, Json, Kind, Plan, Site
 
 # Raised by hand whenever the numbers that a heal writes change: an older folder is then not taken for a finished one.
 HEAL_VERSION = 1
@@ -75,7 +75,8 @@ class HealSettings:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One output projection to refit: module below the decoder layer, tensor on disk [H, units·head_dim]."""
+    """What to refit in one layer: an output projection, tensor on disk [H, units·head_dim], or the scales of experts,
+    [units] with a head_dim of 1. `module` holds it, below the decoder layer."""
 
     layer: int
     module: str
@@ -83,16 +84,17 @@ class Job:
     units: int
     head_dim: int
     kept: tuple[int, ...]
+    kind: Kind = "heads"
 
     @property
     def columns(self) -> I64:
-        """int64 [K]: the input columns of the kept heads."""
+        """int64 [K]: the input columns of the kept heads, or the kept experts."""
         first = np.asarray(self.kept, np.int64)[:, None] * self.head_dim
         return (first + np.arange(self.head_dim)).reshape(-1)
 
     @property
     def cuts(self) -> bool:
-        """Whether a head is dropped here."""
+        """Whether a unit is dropped here."""
         return len(self.kept) < self.units
 
 
@@ -100,15 +102,15 @@ def jobs_of(base: Checkpoint, plan: Plan, *, heal_all: bool = False) -> dict[int
     """What to refit, by layer.
 
     Raises:
-        UsageError: the plan is not about heads, or drops none.
+        UsageError: the plan drops nothing.
         CheckpointError: it was made for another checkpoint.
     """
-    if plan.kind != "heads":
-        raise UsageError("only a cut of heads can be healed", got=plan.kind, wanted="heads")
-    check_plan(plan, base)
+    sites = check_plan(plan, base)
     cut = sorted(layer for layer, one in plan.layers.items() if one.drop)
     if not cut:
-        raise UsageError("the plan drops no head: there is nothing to heal", where=base.name)
+        raise UsageError(f"the plan drops no {plan.kind[:-1]}: there is nothing to heal", where=base.name)
+    if plan.kind == "experts":
+        return {layer: _scales(base, plan, site) for layer, site in sorted(sites.items())}
     names = base.tensors.keys()
     jobs = {}
     for layer in sorted({site.layer for site in base.sites if site.kind == "heads"}):
@@ -126,6 +128,20 @@ def jobs_of(base: Checkpoint, plan: Plan, *, heal_all: bool = False) -> dict[int
             kept=kept,
         )
     return jobs
+
+
+def _scales(base: Checkpoint, plan: Plan, site: Site) -> Job:
+    """The router's scales of one layer: the only part of a site with one number for each expert."""
+    (tensor,) = (part.name for part in site.slices if len(base.ref(part.name).shape) == 1)
+    return Job(
+        layer=site.layer,
+        module=tensor.removeprefix(base.family.layer_prefix(base.tensors.keys(), site.layer)).rpartition(".")[0],
+        tensor=tensor,
+        units=site.units,
+        head_dim=1,
+        kept=tuple(sorted(plan.layers[site.layer].keep)),
+        kind="experts",
+    )
 
 
 def split_items(corpus: Corpus, settings: HealSettings) -> I64:
@@ -166,12 +182,13 @@ def refuse_few_samples(jobs: dict[int, Job], samples: int, tokens: int) -> None:
     """
     widest = max(jobs.values(), key=lambda job: len(job.columns))
     wanted = SAMPLES_PER_COLUMN * len(widest.columns)
+    column = "column" if widest.kind == "heads" else "expert"
     if samples < wanted:
         about = f", so a corpus of about {-(-wanted * tokens // samples)}" if samples else ""
         raise UsageError(
             "too few calibration tokens for a heal",
-            where=f"layer {widest.layer}: {len(widest.columns)} kept columns",
+            where=f"layer {widest.layer}: {len(widest.columns)} kept {column}s",
             got=f"{samples} tokens to fit on, of {tokens}",
-            wanted=f"at least {wanted} tokens, {SAMPLES_PER_COLUMN} for each column{about}",
+            wanted=f"at least {wanted} tokens, {SAMPLES_PER_COLUMN} for each {column}{about}",
             hint="give more text, or heal none",
         )

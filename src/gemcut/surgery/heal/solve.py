@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 
@@ -32,7 +33,7 @@ class Moments:
     n: int = 0
 
     @classmethod
-    def zeros(cls, hidden: int, kept: int, device: torch.device | None = None) -> Moments:
+    def zeros(cls, hidden: int, kept: int, device: torch.device | None = None) -> Self:
         """Nothing seen yet."""
         return cls(
             torch.zeros((kept, kept), dtype=torch.float64, device=device),
@@ -40,7 +41,7 @@ class Moments:
         )
 
     @classmethod
-    def of_gram(cls, gram: torch.Tensor, weight: torch.Tensor, kept: torch.Tensor, n: int) -> Moments:
+    def of_gram(cls, gram: torch.Tensor, weight: torch.Tensor, kept: torch.Tensor, n: int) -> Self:
         """From a dense layer's own Gram matrix G [d, d], where X̂ = X and Y = X Wᵀ.
 
             g = G_KK    c = W G_{:,K}    yy = tr(W G Wᵀ)

@@ -49,6 +49,10 @@ def heal_stored(
         CheckpointError: the statistics are of another model, or damaged.
         QualityError: a layer cannot be solved.
     """
+    if plan.kind != "heads":
+        raise UsageError(
+            "only a cut of heads can be healed from statistics", got=plan.kind, hint="heal with a corpus instead"
+        )
     settings = HealSettings(method="local", ridges=(ridge,))
     index = load_statistics_index(statistics)
     if index.meta.model_fingerprint != base.fingerprint:

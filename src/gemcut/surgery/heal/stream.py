@@ -1,14 +1,16 @@
-"""Heal a cut of heads layer by layer: two streams of hidden states, one of the dense model, one of the healed one.
+"""Heal a cut layer by layer: two streams of hidden states, one of the dense model, one of the healed one.
 
 For each layer with dropped heads, with the layer in memory once: the dense stream passes and gives the target Y, the
 cut stream passes and gives the inputs X̂ that the layer will really have, the kept columns of o_proj are refitted, and
 the cut stream passes again through the healed layer. So every layer is fitted to what the layers before it have become.
+Of a cut of experts, the scales of those that stay are refitted: the same, with the experts' sum for Y and what each
+kept expert adds to it, routed without the dropped ones, for X̂.
 
 The folder that it writes:
 
 heal.json               last of all; see `records.heal`
-layer-NNN.safetensors   the healed projection of layer NNN, of the shape, dtype and name that it has in the base, with
-                        zeros in the columns of dropped heads; only where the heal is used
+layer-NNN.safetensors   the healed projection or scales of layer NNN, with the base's name, shape and dtype, and with
+                        zeros where units are dropped; only where the heal is used
 """
 
 from __future__ import annotations
@@ -41,6 +43,7 @@ from gemcut.surgery.heal.folder import (
     tidy,
 )
 from gemcut.surgery.heal.layer import Fitted, Sums, Tap
+from gemcut.surgery.heal.routed import Contributions, ScaleSums, Target, dropped, recorded
 from gemcut.surgery.heal.settings import (
     HELD_OUT,
     HealSettings,
@@ -68,13 +71,13 @@ def heal(
     progress: Progress | None = None,
     force: bool = False,
 ) -> HealReport:
-    """Refit what stays of the output projections of a head cut, on a corpus, into the folder `out`.
+    """Refit what stays of the output projections, or the scales of the experts that stay, into the folder `out`.
 
     A finished heal of the same model, plan, corpus and settings is returned at once; a killed one goes on behind its
     last finished layer. `progress` is called with (batches × layers done, in all, label).
 
     Raises:
-        UsageError: no heads are dropped; too few items or tokens; `out` holds something else, and not `force`.
+        UsageError: nothing is dropped; too few items or tokens; `out` holds something else, and not `force`.
         MissingError: not enough disk.
         CheckpointError, QualityError: a value is not finite, or a layer cannot be solved: layer and item are named.
     """
@@ -90,7 +93,8 @@ def heal(
     if finished(out, digest, force=force):
         log.info("%s is finished already: same model, plan, corpus and settings", out.name)
         return load_heal(out / HEAL_FILE)
-    with StreamedModel.open(base, device=settings.device, dtype=settings.dtype) as model:
+    experts = "recording" if plan.kind == "experts" else None
+    with StreamedModel.open(base, device=settings.device, dtype=settings.dtype, experts=experts) as model:
         layout = Layout.of(corpus.items, part_of, settings.batch_tokens, int(model.config.vocab_size))
         need_disk(out, _disk_bytes(model, layout, jobs))
         done = left_behind(out.with_name(out.name + PARTIAL), digest, force=force)
@@ -211,15 +215,11 @@ class _Pass:
             fitted = None
             if job is None:
                 self._carry(i, module, dense, dense_out)
-                if cut_out is not None:
-                    self._carry(i, module, cut, cut_out)
+                self._carry(i, module, cut, cut_out)
             else:
-                fitted = self._fit(job, module, dense, cut if parted else None, dense_out)
-                with torch.no_grad():
-                    linear = module.get_submodule(job.module)
-                    assert isinstance(linear.weight, nn.Parameter)
-                    linear.weight.copy_(fitted.weight)  # the copy in memory; the base's file is only ever read
-                if cut_out is not None:
+                fit = self._fit if job.kind == "heads" else self._fit_scales
+                fitted = fit(job, module, dense, cut if parted else None, dense_out)
+                with _healed(job, module, fitted.weight):
                     self._carry(i, module, cut, cut_out)
             for writer in (dense_out, cut_out):
                 if writer is not None:
@@ -260,9 +260,33 @@ class _Pass:
                 self._check(i, module, k, f"the input of {job.module}", x)
                 sums.add(k, x, y)
                 self._say(i, k)
-        reader = WeightReader(model.checkpoint, torch.float64, torch.device("cpu"))
-        weight = reader.read(job.tensor, tuple(ref.shape))
-        return sums.finish(job, weight, TORCH_DTYPES[ref.dtype], self.settings)
+        return sums.finish(job, self._stored(job), TORCH_DTYPES[ref.dtype], self.settings)
+
+    def _fit_scales(
+        self, job: Job, module: nn.Module, dense: StatesReader, cut: StatesReader | None, dense_out: StatesWriter | None
+    ) -> Fitted:
+        """The dense stream passes, then the cut one with the cut router; φ and Y of every batch are added up and the
+        scales of the kept experts are refitted."""
+        model, i = self.model, job.layer
+        sums = ScaleSums(job, self.layout, float(model.config.rms_norm_eps), model.device)
+        for k in range(len(self.layout.batches)):
+            hidden, target, seen = dense.read(k), Target(), Contributions()
+            with recorded(module, target):
+                out = self._run(i, module, k, hidden)
+            if dense_out is not None:
+                dense_out.write(k, out)
+            with dropped(job, module), recorded(module, seen):
+                self._run(i, module, k, hidden if cut is None else cut.read(k))
+            self._check(i, module, k, "the experts' summed output", target.y)
+            self._check(i, module, k, "an expert's output", seen.phi.flatten(1))
+            sums.add(k, seen, target.y)
+            self._say(i, k)
+        return sums.finish(job, self._stored(job), TORCH_DTYPES[model.checkpoint.ref(job.tensor).dtype], self.settings)
+
+    def _stored(self, job: Job) -> torch.Tensor:
+        """The base's own tensor, float64."""
+        reader = WeightReader(self.model.checkpoint, torch.float64, torch.device("cpu"))
+        return reader.read(job.tensor, tuple(self.model.checkpoint.ref(job.tensor).shape))
 
     def _record(self, job: Job, fitted: Fitted) -> LayerHeal:
         file = digest = None
@@ -285,6 +309,20 @@ class _Pass:
         if bool(bad.any()):
             place = self.layout.name_position(k, int(torch.argmax(bad.to(torch.int8))))
             refuse(module, i, what, f"{self.model.checkpoint.name}, layer {i}, {place}")
+
+
+@contextlib.contextmanager
+def _healed(job: Job, module: nn.Module, weight: torch.Tensor) -> Iterator[None]:
+    """The layer as it will be, in memory; the base's file is only ever read."""
+    if job.kind == "experts":
+        with dropped(job, module, weight):
+            yield
+        return
+    with torch.no_grad():
+        linear = module.get_submodule(job.module)
+        assert isinstance(linear.weight, nn.Parameter)
+        linear.weight.copy_(weight)
+    yield
 
 
 def layer_heal(job: Job, fitted: Fitted, samples: tuple[int, int], file: str | None, digest: str | None) -> LayerHeal:
