@@ -1,6 +1,6 @@
 """What cutting attention heads costs: every selection with every heal, on held-out text; and the heal at 31B's width.
 
-    python bench/bench_heads.py [--json] [--tokens 16384 --held-out 12288 --loo-tokens 4096] [--only heads,solve]
+    python bench/bench_heads.py [--json] [--tokens 24576 --held-out 8192 --loo-tokens 3072] [--only heads,solve]
 
 Heads: 1 and 2 of 8 query heads in every layer of the demo dense checkpoint. Each selection is cut without a heal, with
 the recipe that was published before, and with ours; all of them are compared with the base on the same held-out
@@ -391,9 +391,9 @@ def main() -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true")
-    parser.add_argument("--tokens", type=int, default=16384, help="calibration tokens")
-    parser.add_argument("--held-out", type=int, default=12288)
-    parser.add_argument("--loo-tokens", type=int, default=4096)
+    parser.add_argument("--tokens", type=int, default=24576, help="calibration tokens")
+    parser.add_argument("--held-out", type=int, default=8192)
+    parser.add_argument("--loo-tokens", type=int, default=3072)
     parser.add_argument("--only", default="heads,solve")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
