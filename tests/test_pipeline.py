@@ -182,3 +182,25 @@ def test_killed_runs_end_in_the_same_bytes(place: Path, tmp_path: Path) -> None:
         for path in a.folder.rglob("*"):
             if path.is_file() and path.name != "stage.json":
                 assert (b.folder / path.relative_to(a.folder)).read_bytes() == path.read_bytes(), path.name
+
+
+def test_a_heal_of_the_chosen_criterion(place: Path, tmp_path: Path) -> None:
+    """Only its cut is healed; the other criterion's cut, and everything before, stay as they were."""
+    plain = pipeline.run(words(place), tmp_path)
+    before = {s.folder.name: s.key for s in plain.done}
+    text = write_corpus(place / "heal.jsonl", 3, 40)
+    sets = (f"heal={{dtype: float32, corpus: {text}}}",)
+    run = pipeline.run(words(place, *sets), tmp_path)
+    assert names(run, reused=False) == ["heal", "cut-reap", "verify-reap", "kld"]
+    assert {s.folder.name for s in run.done if s.reused} <= before.keys()
+    report = json.loads(next(tmp_path.glob("tiny/heal-*/healed/heal.json")).read_text())
+    used = {one["tensor"] for one in report["layers"] if one["used"]}
+    assert used
+    assert run.model is not None
+    facts = json.loads((run.model / "manifest.json").read_text())["tensors"]
+    assert {fact["name"] for fact in facts if fact["found"] not in ("same", "take")} == used
+    card = (tmp_path / "tiny" / "report" / "README.md").read_text()
+    assert "the scales of the experts that stay" in card
+    assert names(pipeline.run(words(place, *sets), tmp_path), reused=False) == []
+    cost = next(one for one in preflight.estimate(words(place, *sets), tmp_path / "dry").stages if one.name == "heal")
+    assert cost.memory_bytes > 0

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from gemcut import head_stages, models, records, stages, store
-from gemcut.checkpoint import open_checkpoint
+from gemcut.checkpoint import Checkpoint, open_checkpoint
 from gemcut.errors import QualityError, UsageError
 from gemcut.recipe import STAGES, CanaryWords, Choice, HeadWords, HealWords, Measure, Recipe
 from gemcut.records.canary import CanaryResult, load_canary
@@ -63,7 +63,7 @@ class HeadJob:
         self.planned_layers = set(plan.layers)
         if last < STAGES.index("heal"):
             return
-        heal = self.heal(self.recipe.heal, plan_file, plan, planned) if self.recipe.heal is not None else None
+        heal = self.heal(self.recipe.heal, plan_file, planned) if self.recipe.heal is not None else None
         if last < STAGES.index("cut"):
             return
         cut = self.cut("", plan_file, heal, planned)
@@ -135,24 +135,9 @@ class HeadJob:
         params = {"choice": choice.model_dump(mode="json"), "plan": self.words.model_dump(mode="json")}
         return self.stage("plan", choice.name, params, parents, build)
 
-    def heal(self, words: HealWords, plan_file: Path, plan: Plan, planned: Stage) -> Stage:
-        corpus = stages.read_corpus(
-            words.corpus or self.recipe.observe.corpus, self.base, words.max_tokens, words.max_tokens_per_item
-        )
-        settings = words.model_dump(mode="json", exclude={"corpus"})
-        return self.stage(
-            "heal",
-            "",
-            {
-                "model": self.base.fingerprint,
-                "plan": store.sha256_file(plan_file),
-                "corpus": corpus.hash,
-                **settings,
-            },
-            (planned.key,),
-            lambda folder: head_stages.heal(
-                self.base, plan, corpus, words, folder / HEALED, force=self.force, progress=self.progress
-            ),
+    def heal(self, words: HealWords, plan_file: Path, planned: Stage) -> Stage:
+        return heal_stage(
+            self.stage, self.recipe, words, self.base, plan_file, planned, force=self.force, progress=self.progress
         )
 
     def cut(self, label: str, plan_file: Path, heal: Stage | None, parent: Stage) -> Stage:
@@ -166,7 +151,7 @@ class HeadJob:
                 self.base,
                 plan_file,
                 folder / MODEL,
-                healed=_healed(heal),
+                healed=healed_of(heal),
                 link=link,
                 force=True,
                 progress=self.progress,
@@ -180,7 +165,7 @@ class HeadJob:
             {"model": self.base.fingerprint},
             (cut.key,),
             lambda folder: stages.verified(
-                cut.folder / MODEL, self.base, plan_file, folder, healed=_healed(heal), progress=self.progress
+                cut.folder / MODEL, self.base, plan_file, folder, healed=healed_of(heal), progress=self.progress
             ),
         )
 
@@ -212,11 +197,11 @@ class HeadJob:
             layer: float(sum(scores.values[scores.layers.index(layer), unit] for unit in one.drop))
             for layer, one in plan.layers.items()
         }
-        damage = head_stages.damage_of(plan, lost, _healed(heal))
+        damage = head_stages.damage_of(plan, lost, healed_of(heal))
 
         def build(folder: Path) -> None:
             rescue = head_stages.rescue(
-                self.base, plan, damage, _healed(heal), words, self._answers(words), folder, progress=self.progress
+                self.base, plan, damage, healed_of(heal), words, self._answers(words), folder, progress=self.progress
             )
             stages.save_plan(rescue.plan, folder / stages.PLAN, force=True)
 
@@ -253,7 +238,7 @@ class HeadJob:
             open_checkpoint(self.result.model, name),
             plan=plan,
             restored=tuple(sorted(self.planned_layers - set(plan.layers))),
-            heal=_healed(heal),
+            heal=healed_of(heal),
             canary=None if asked is None else load_canary(asked.folder / CANARY),
             checks=stages.load_checks(verified.folder),
             measured=self.result.measured or {},
@@ -267,7 +252,34 @@ class HeadJob:
         return self.result.folder / f"{Path(ANSWERS).stem}-{key}.json"
 
 
-def _healed(heal: Stage | None) -> Path | None:
+def heal_stage(
+    stage: Stages,
+    recipe: Recipe,
+    words: HealWords,
+    base: Checkpoint,
+    plan_file: Path,
+    planned: Stage,
+    *,
+    force: bool,
+    progress: Progress | None,
+) -> Stage:
+    """The heal of a plan, of heads or of experts."""
+    corpus = stages.read_corpus(
+        words.corpus or recipe.observe.corpus, base, words.max_tokens, words.max_tokens_per_item
+    )
+    settings = words.model_dump(mode="json", exclude={"corpus"})
+    return stage(
+        "heal",
+        "",
+        {"model": base.fingerprint, "plan": store.sha256_file(plan_file), "corpus": corpus.hash, **settings},
+        (planned.key,),
+        lambda folder: head_stages.heal(
+            base, records.load_plan(plan_file), corpus, words, folder / HEALED, force=force, progress=progress
+        ),
+    )
+
+
+def healed_of(heal: Stage | None) -> Path | None:
     return None if heal is None else heal.folder / HEALED
 
 

@@ -13,7 +13,7 @@ from gemcut.records.heal import HEAL_FILE, HealReport, load_heal
 from gemcut.report import Check, CriterionNote, Extra, KldEntry, ReportData, StageTime, Table, write_report
 from gemcut.reporting import DEMO_LIMIT, commands, model_facts, public_name, version
 from gemcut.score.heads import HEAD_CRITERIA
-from gemcut.types import Estimate, KldResult, Plan
+from gemcut.types import Estimate, Kind, KldResult, Plan
 
 
 def write(
@@ -48,7 +48,7 @@ def write(
         kld=tuple(KldEntry(label, result) for label, result in measured.items()),
         chosen=name if name in measured else None,
         manifest=records.load_manifest(candidate.path / "manifest.json"),
-        checks=(*checks, *_canary_checks(canary), *_heal_checks(report)),
+        checks=(*checks, *_canary_checks(canary), *heal_checks(report)),
         stages=tuple(StageTime(stage, seconds, peak) for stage, seconds, peak in times),
         recipe=resolved(recipe),
         commands=commands(recipe),
@@ -58,7 +58,7 @@ def write(
         criteria=(CriterionNote(one.name, one.about, one.source),),
         calibration_corpus=public_name(recipe.observe.corpus),
         evaluation_corpus=public_name(recipe.kld.corpus) if recipe.kld else "",
-        extras=(*_heal_table(report), *_canary_table(canary)),
+        extras=(*heal_table(report), *_canary_table(canary)),
         notes=_notes(plan, restored),
     )
     return write_report(data, out, force=True).index_html
@@ -86,7 +86,8 @@ def _canary_checks(canary: CanaryResult | None) -> tuple[Check, ...]:
     return (Check("canary: it still talks", canary.passed, f"{text}{worst:.3f}"),)
 
 
-def _heal_checks(report: HealReport | None) -> tuple[Check, ...]:
+def heal_checks(report: HealReport | None) -> tuple[Check, ...]:
+    """What a heal came to, in one line."""
     if report is None:
         return ()
     better = [one for one in report.layers if one.used]
@@ -98,7 +99,8 @@ def _heal_checks(report: HealReport | None) -> tuple[Check, ...]:
     return (Check("heal, on held-out items", True, text + f"({report.tokens} tokens, {report.items} items)"),)
 
 
-def _heal_table(report: HealReport | None) -> tuple[Extra, ...]:
+def heal_table(report: HealReport | None, *, kind: Kind = "heads") -> tuple[Extra, ...]:
+    """A heal layer by layer."""
     if report is None:
         return ()
     rows = tuple(
@@ -115,9 +117,14 @@ def _heal_table(report: HealReport | None) -> tuple[Extra, ...]:
         for one in report.layers
     )
     columns = ("Layer", "Dropped", "Samples", "Ridge", "Condition", "No heal", "Healed", "Used")
+    branch, what = (
+        ("attention branch", "each output projection")
+        if kind == "heads"
+        else ("experts' sum, after its best common factor,", "the scales of the experts that stay")
+    )
     text = (
-        f"Relative residual of the attention branch on {report.held_out_items} held-out of {report.items} items, "
-        f"{report.method}, each output projection refitted towards its original weights. A layer whose heal is no "
+        f"Relative residual of the {branch} on {report.held_out_items} held-out of {report.items} items, "
+        f"{report.method}, {what} refitted towards the original. A layer whose heal is no "
         "better keeps its old weights."
     )
     return (Extra("Heal, layer by layer", text, Table(columns, rows, "rrrrrrrl")),)

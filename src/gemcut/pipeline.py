@@ -19,8 +19,9 @@ from pathlib import Path
 from gemcut import models, stages, store
 from gemcut.checkpoint import open_checkpoint
 from gemcut.errors import UsageError
-from gemcut.head_pipeline import HeadJob
+from gemcut.head_pipeline import HeadJob, heal_stage, healed_of
 from gemcut.recipe import STAGES, Choice, Measure, PlanWords, Recipe, resolved
+from gemcut.records.heal import HEAL_FILE, load_heal
 from gemcut.runs import Progress, Run, Stage, Stages, lock
 
 STATISTICS = "statistics"  # inside the observe stage's folder
@@ -63,8 +64,6 @@ class ExpertJob:
 
     def __init__(self, result: Run, force: bool, progress: Progress | None) -> None:
         assert isinstance(result.recipe.plan, PlanWords)
-        if result.recipe.heal is not None:
-            raise UsageError("a heal refits projections behind query heads", where="heal", wanted="plan.kind: heads")
         if result.recipe.canary is not None:
             raise UsageError("the canary stage belongs to recipes about heads", where="canary", hint="gemcut canary")
         self.recipe = result.recipe
@@ -84,21 +83,24 @@ class ExpertJob:
         if last < STAGES.index("plan"):
             return
         plans = {choice.name: self.plan(choice, observed) for choice in self.choices}
+        if last < STAGES.index("heal"):
+            return
+        heal = self.heal(plans[self.chosen])
         if last < STAGES.index("cut"):
             return
-        cuts = {name: self.cut(name, planned) for name, planned in plans.items()}
+        cuts = {name: self.cut(name, planned, heal if name == self.chosen else None) for name, planned in plans.items()}
         self.result.chosen = self.chosen
         self.result.model = cuts[self.chosen].folder / MODEL
         if last < STAGES.index("verify"):
             return
-        verified = self.verify(plans[self.chosen], cuts[self.chosen])
+        verified = self.verify(plans[self.chosen], heal, cuts[self.chosen])
         if last < STAGES.index("kld"):
             return
         if self.recipe.kld is not None:
             measured = self.measure(self.recipe.kld, cuts)
             self.result.measured = stages.measured(measured.folder, list(cuts))
         if last >= STAGES.index("report"):
-            self.report(observed, plans, verified)
+            self.report(observed, plans, heal, verified)
         stages.kld_gate(self.recipe.kld, self.result.measured or {}, self.chosen)
 
     def observe(self) -> Stage:
@@ -124,26 +126,53 @@ class ExpertJob:
             lambda folder: stages.plan(observed.folder / STATISTICS, choice, words, folder, force=True),
         )
 
-    def cut(self, name: str, planned: Stage) -> Stage:
+    def heal(self, planned: Stage) -> Stage | None:
+        """Of the chosen criterion's plan, where the recipe wants it: the others are what it is compared with."""
+        words = self.recipe.heal
+        if words is None:
+            return None
+        return heal_stage(
+            self.stage,
+            self.recipe,
+            words,
+            self.base,
+            planned.folder / stages.PLAN,
+            planned,
+            force=self.force,
+            progress=self.progress,
+        )
+
+    def cut(self, name: str, planned: Stage, heal: Stage | None) -> Stage:
         plan_file, link = planned.folder / stages.PLAN, self.recipe.cut.link
         return self.stage(
             "cut",
             name,
             {"model": self.base.fingerprint, "plan": store.sha256_file(plan_file), "link": link},
-            (planned.key,),
+            (planned.key, *((heal.key,) if heal else ())),
             lambda folder: stages.cut(
-                self.base, plan_file, folder / MODEL, link=link, force=True, progress=self.progress
+                self.base,
+                plan_file,
+                folder / MODEL,
+                healed=healed_of(heal),
+                link=link,
+                force=True,
+                progress=self.progress,
             ),
         )
 
-    def verify(self, planned: Stage, cut: Stage) -> Stage:
+    def verify(self, planned: Stage, heal: Stage | None, cut: Stage) -> Stage:
         return self.stage(
             "verify",
             self.chosen,
             {"model": self.base.fingerprint},
             (cut.key,),
             lambda folder: stages.verified(
-                cut.folder / MODEL, self.base, planned.folder / stages.PLAN, folder, progress=self.progress
+                cut.folder / MODEL,
+                self.base,
+                planned.folder / stages.PLAN,
+                folder,
+                healed=healed_of(heal),
+                progress=self.progress,
             ),
         )
 
@@ -165,11 +194,16 @@ class ExpertJob:
             ),
         )
 
-    def report(self, observed: Stage, plans: Mapping[str, Stage], verified: Stage) -> None:
-        from gemcut import reporting  # matplotlib takes a second that the other stages need not wait for
+    def report(self, observed: Stage, plans: Mapping[str, Stage], heal: Stage | None, verified: Stage) -> None:
+        from gemcut import (  # matplotlib takes a second that the other stages need not wait for
+            head_reporting,
+            reporting,
+        )
 
         assert self.result.model is not None
         kept = self.words.keep
+        healed = healed_of(heal)
+        refit = load_heal(healed / HEAL_FILE) if healed else None
         name = f"{self.base.name.rpartition('/')[2].partition('@')[0].replace(':', '-')}-{kept}e"
         self.result.report = reporting.write(
             self.recipe,
@@ -177,7 +211,8 @@ class ExpertJob:
             open_checkpoint(self.result.model, name),
             statistics=observed.folder / STATISTICS,
             planned={label: stages.load_planned(planned.folder) for label, planned in plans.items()},
-            checks=stages.load_checks(verified.folder),
+            checks=(*stages.load_checks(verified.folder), *head_reporting.heal_checks(refit)),
+            extras=head_reporting.heal_table(refit, kind="experts"),
             measured=self.result.measured or {},
             times=[(s.folder.name.rsplit("-", 1)[0], s.seconds, s.peak_rss_bytes) for s in self.result.done],
             out=self.result.folder / "report",

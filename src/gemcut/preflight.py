@@ -19,7 +19,7 @@ from gemcut.checkpoint.read import Checkpoint
 from gemcut.errors import MissingError
 from gemcut.plan import plan_heads
 from gemcut.recipe import STAGES, HeadWords, HealWords, Observe, PlanWords, Recipe, layers_of
-from gemcut.types import DTYPE_BYTES, Plan, Scores
+from gemcut.types import DTYPE_BYTES, LayerPlan, Plan, Scores
 
 if TYPE_CHECKING:
     from gemcut.stream.corpus import Corpus
@@ -74,8 +74,9 @@ def estimate(recipe: Recipe, runs: Path, *, until: str = "report") -> Preflight:
     )
     costs = [_observe(base, corpus, recipe.observe, rates)]
     costs.append(StageCost("plan", "", 0, choices * _SMALL_WRITE_BYTES, _LIGHT_MEMORY_BYTES, None))
-    if recipe.heal is not None and isinstance(words, HeadWords):
-        costs.append(_heal(base, some_heads(base, words), recipe.heal, recipe.observe.corpus, rates))
+    if recipe.heal is not None:
+        some = some_heads(base, words) if isinstance(words, HeadWords) else some_experts(base, words)
+        costs.append(_heal(base, some, recipe.heal, recipe.observe.corpus, rates))
     costs.append(_copy("cut", choices * base.size_bytes, choices * kept, rates))
     costs.append(_copy("verify", base.size_bytes + kept, _SMALL_WRITE_BYTES, rates))
     if recipe.canary is not None:
@@ -141,6 +142,16 @@ def some_heads(base: Checkpoint, words: HeadWords) -> Plan:
     names = base.tensors.keys()
     shapes = {layer: base.family.attention(base.text_config, names, layer) for layer in every}
     return plan_heads(scores, shapes, drop=words.drop, layers=layers_of(words.layers), mode=words.mode).plan
+
+
+def some_experts(base: Checkpoint, words: PlanWords) -> Plan:
+    """A plan of as many experts as the recipe keeps, whichever they are."""
+    sites = [site for site in base.sites if site.kind == "experts"]
+    layers = {
+        site.layer: LayerPlan(tuple(range(words.keep)), dict.fromkeys(range(words.keep, site.units), "any"))
+        for site in sites
+    }
+    return Plan("experts", base.fingerprint, max((site.units for site in sites), default=0), layers)
 
 
 def _observe(base: Checkpoint, corpus: Corpus, words: Observe, rates: machine.Rates) -> StageCost:

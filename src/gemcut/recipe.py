@@ -94,7 +94,7 @@ class HeadWords(_Words):
 
 
 class HealWords(_Words):
-    """The refit of what is left of each output projection."""
+    """The refit of what is left of each output projection, or of the scales of the experts that stay."""
 
     corpus: str | None = Field(default=None, description="what observe reads, by default")
     max_tokens: int | None = Field(default=None, gt=0)
@@ -159,7 +159,7 @@ class Recipe(_Words):
         default=(), description="other criteria, cut and measured beside the chosen one"
     )
     plan: PlanWords | HeadWords = Field(discriminator="kind")
-    heal: HealWords | None = Field(default=None, description="heads only")
+    heal: HealWords | None = Field(default=None, description="none by default; of experts, of the chosen criterion")
     cut: Cut = Field(default_factory=Cut)
     canary: CanaryWords | None = None
     kld: Measure | None = None

@@ -12,7 +12,7 @@ import yaml
 from gemcut import machine, records
 from gemcut.checkpoint import Checkpoint, inspect
 from gemcut.recipe import PlanWords, Recipe, resolved, shipped
-from gemcut.report import Check, CriterionNote, KldEntry, ModelFacts, ReportData, StageTime, write_report
+from gemcut.report import Check, CriterionNote, Extra, KldEntry, ModelFacts, ReportData, StageTime, write_report
 from gemcut.score import CRITERIA
 from gemcut.types import KldResult, Plan, Scores
 
@@ -82,6 +82,7 @@ def write(
     measured: Mapping[str, KldResult],
     times: Sequence[tuple[str, float, int]],
     out: Path,
+    extras: Sequence[Extra] = (),
 ) -> Path:
     """Write the page and the card; returns index.html."""
     chosen = recipe.score.name
@@ -118,6 +119,7 @@ def write(
         criteria=tuple(CriterionNote(name, one.about, one.source) for name, one in CRITERIA.items() if name in used),
         calibration_corpus=public_name(recipe.observe.corpus),
         evaluation_corpus=public_name(recipe.kld.corpus) if recipe.kld else "",
+        extras=tuple(extras),
     )
     return write_report(data, out, force=True).index_html
 

@@ -87,9 +87,10 @@ def heal(
     force: bool,
     talk: Talk,
 ) -> None:
-    """Refit the output projections behind dropped heads, or the scales of the experts that stay, towards the original.
+    """Refit what a cut of heads or experts leaves, towards the original; resumes by layer.
 
-    Resumes by layer. A layer whose heal does not beat the cut without it on held-out items keeps its old weights.
+    Behind dropped heads the output projections, behind dropped experts the scales of those that stay. A layer whose
+    heal does not beat the cut without it on held-out items keeps its old weights.
     """
     from gemcut import head_stages, models, recipe, records, stages
 

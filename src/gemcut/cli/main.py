@@ -20,7 +20,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "ablate": ("gemcut.cli.heads:ablate", "What the loss says about every attention head, one layer in memory."),
     "heal": (
         "gemcut.cli.heads:heal",
-        "Refit the output projections behind dropped heads, towards the original; resumes by layer.",
+        "Refit what a cut of heads or experts leaves, towards the original; resumes by layer.",
     ),
     "cut": ("gemcut.cli.checkpoints:cut", "Write the smaller checkpoint, its manifest and SHA256SUMS."),
     "verify": ("gemcut.cli.checkpoints:verify", "Hold the bytes of a cut checkpoint against its plan and manifest."),
