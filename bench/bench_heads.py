@@ -325,7 +325,7 @@ def rows(found: dict[str, Any]) -> list[dict[str, str]]:
             "what": f"heal of one full-attention layer of 31B: {s['columns']} columns, hidden {s['hidden']}",
             "target": f"≤ {SOLVE_LIMIT / 2**30:.0f} GiB",
             "measured": f"{s['peak_bytes'] / 2**30:.2f} GiB; sums of {s['tokens']} tokens {s['gram_seconds']} s, solve "
-            f"{s['solve_seconds']} s on {s['threads']} threads; random data, all columns kept, n = 1",
+            f"{s['solve_seconds']} s (threads: {s['threads']}); random data, all columns kept, n = 1",
         })  # fmt: skip
     return out
 
@@ -339,7 +339,7 @@ def _head_rows(r: Mapping[str, Any]) -> list[dict[str, str]]:
         for name in names:
             cells = [f"{how} {_cell(table[name, share, how]['kld'])}" for how in HEALS]
             out.append({
-                "what": f"KLD, {share:.1%} of heads in all layers by `{name}`",
+                "what": f"KLD, {share:.1%} of heads in all layers by `{name}`" + " (default)" * (name == r["default"]),
                 "target": "",
                 "measured": f"{'; '.join(cells)}; {n}",
             })  # fmt: skip
