@@ -37,7 +37,7 @@ def test_the_recipe_of_card_000_in_small(tmp_path: Path) -> None:
     """Plan, heal, cut, verify, canary, kld, report; a second run keeps everything; the card prints its tables."""
     loose = ("canary.newly_broken=1.0", "heal.max_tokens=9000")
     run = pipeline.run(words(*loose), tmp_path)
-    assert names(run, reused=False) == ["observe", "plan-norm", "heal", "cut", "verify", "canary", "kld"]
+    assert names(run, reused=False) == ["observe", "plan-obs", "heal", "cut", "verify", "canary", "kld"]
     assert run.model is not None
     layers = set(range(12))
     heal = json.loads(next(tmp_path.glob("demo-heads/heal-*/healed/heal.json")).read_text())
@@ -53,7 +53,7 @@ def test_the_recipe_of_card_000_in_small(tmp_path: Path) -> None:
     assert names(plain, reused=False) == ["cut", "verify", "canary", "kld"]
 
     def mean(one: pipeline.Run) -> float:
-        result = load_kld(next(s for s in one.done if s.name == "kld").folder / "kld-norm.json")
+        result = load_kld(next(s for s in one.done if s.name == "kld").folder / "kld-obs.json")
         return next(row for row in result.rows if row.cls == "all").mean.value
 
     assert mean(run) < 0.6 * mean(plain)

@@ -30,11 +30,11 @@ class Talk:
         level = logging.WARNING if self.quiet else (logging.DEBUG if self.verbose > 1 else logging.INFO)
         root = logging.getLogger("gemcut")
         root.setLevel(level)
-        if not root.handlers:
-            handler = logging.StreamHandler(sys.stderr)
-            handler.setFormatter(logging.Formatter("%(message)s"))
-            root.addHandler(handler)
-            root.propagate = False
+        # a second command in one process talks to the stderr of its own time
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        root.handlers[:] = [handler]
+        root.propagate = False
         if self.verbose == 0:
             # transformers draws a bar for every layer it loads; ours is the one to watch
             os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
