@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -261,8 +262,13 @@ class Bench:
             "default": HEAD_DEFAULT, "cells": cells, "removed": removed, "against_card": against, "ranks": ranks,
             "seconds": self.seconds, "loo_passes": round(size.passes / depth, 1), "layers_healed": sum(self.used),
             "layers_tried": len(self.used), "tokens": self.calibration.tokens, "loo_tokens": self.loo_corpus.tokens,
-            "held_out_tokens": int(found.tokens.sum()), "chunks": len(found.tokens),
+            "held_out_tokens": int(found.tokens.sum()), "chunks": len(found.tokens), "load": _load(),
         }  # fmt: skip
+
+
+def _load() -> float:
+    """Processes that wanted a core in the last five minutes: above the number of cores, seconds say little."""
+    return round(os.getloadavg()[1], 1)
 
 
 def _json(one: Estimate) -> dict[str, float]:
@@ -300,6 +306,7 @@ def solve() -> dict[str, Any]:
     return {
         "columns": COLUMNS, "hidden": HIDDEN, "tokens": moments.n, "threads": torch.get_num_threads(),
         "gram_seconds": round(seconds, 1), "solve_seconds": round(took, 1), "peak_bytes": int(peak.split()[1]) * 1024,
+        "load": _load(),
     }  # fmt: skip
 
 
@@ -325,7 +332,7 @@ def rows(found: dict[str, Any]) -> list[dict[str, str]]:
             "what": f"heal of one full-attention layer of 31B: {s['columns']} columns, hidden {s['hidden']}",
             "target": f"≤ {SOLVE_LIMIT / 2**30:.0f} GiB",
             "measured": f"{s['peak_bytes'] / 2**30:.2f} GiB; sums of {s['tokens']} tokens {s['gram_seconds']} s, solve "
-            f"{s['solve_seconds']} s (threads: {s['threads']}); random data, all columns kept, n = 1",
+            f"{s['solve_seconds']} s (threads: {s['threads']}, load average {s['load']}); random data, all columns kept, n = 1",
         })  # fmt: skip
     return out
 
@@ -349,7 +356,7 @@ def _head_rows(r: Mapping[str, Any]) -> list[dict[str, str]]:
         out.append({
             "what": f"damage that our heal removes of each selection's own, {share:.1%} of heads",
             "target": "≥ 60 %",
-            "measured": f"{'; '.join(parts)}; {n}",
+            "measured": f"{'; '.join(parts)}; healed on {r['tokens']} tokens; {n}",
         })  # fmt: skip
     for one in r["against_card"]:
         ratio = one["ratio"]
@@ -383,7 +390,7 @@ def _costs(r: Mapping[str, Any]) -> str:
     return (
         f"observe 1 pass, {s['observe']:.0f} s on {r['tokens']} tokens; then `norm` {solves['norm']:.1f} s, `obs` "
         f"{solves['obs']:.1f} s; `taylor` 1 forward and 1 backward pass, {s['taylor']:.0f} s on {r['tokens']} tokens; "
-        f"`loo` {r['loo_passes']:.0f} passes, {s['loo']:.0f} s on {r['loo_tokens']} tokens; n = 1"
+        f"`loo` {r['loo_passes']:.0f} passes, {s['loo']:.0f} s on {r['loo_tokens']} tokens; load average {r['load']}, n = 1"
     )
 
 

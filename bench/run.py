@@ -64,7 +64,8 @@ def cut_rows(r: dict[str, Any]) -> list[Row]:
     ]
 
 
-def observe_rows(r: dict[str, Any]) -> list[Row]:
+def told_rows(r: dict[str, Any]) -> list[Row]:
+    """Of a bench that words its own lines."""
     return [(row["what"], row["target"], row["measured"]) for row in r["rows"]]
 
 
@@ -90,8 +91,10 @@ def mask_rows(r: dict[str, Any]) -> list[Row]:
 
 BENCHES: dict[str, tuple[list[str], Callable[[dict[str, Any]], list[Row]]]] = {
     "cut": (["bench_cut.py"], cut_rows),
-    "observe": (["bench_observe.py"], observe_rows),
+    "observe": (["bench_observe.py"], told_rows),
     "score": (["bench_score.py"], score_rows),
+    "heads": (["bench_heads.py", "--only", "heads"], told_rows),
+    "solve": (["bench_heads.py", "--only", "solve"], told_rows),
     "start": (["bench_start.py"], start_rows),
     "mask": (["bench_mask.py"], mask_rows),
     "memory": (["bench_memory.py"], memory_rows),
@@ -121,7 +124,8 @@ def page(found: dict[str, dict[str, Any]]) -> str:
         f"{processor()}, {machine.cores()} cores, {gib(machine.total_bytes())} of memory, no GPU. "
         f"torch {machine.stack()['torch']}, transformers {machine.stack()['transformers']}. "
         "Synthetic checkpoints have the layer geometry of 26B-A4B (hidden 2816, 128 experts of width 704, dense 2112, "
-        "16 heads, 8 and 2 KV heads) and fewer layers; every ratio is formed within one run.",
+        "16 heads, 8 and 2 KV heads) and fewer layers; every ratio is formed within one run. "
+        "Cuts of heads are measured on the trained demo dense checkpoint.",
         "",
         "| what | target | measured |",
         "|---|---|---|",
