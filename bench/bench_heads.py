@@ -332,7 +332,8 @@ def rows(found: dict[str, Any]) -> list[dict[str, str]]:
             "what": f"heal of one full-attention layer of 31B: {s['columns']} columns, hidden {s['hidden']}",
             "target": f"≤ {SOLVE_LIMIT / 2**30:.0f} GiB",
             "measured": f"{s['peak_bytes'] / 2**30:.2f} GiB; sums of {s['tokens']} tokens {s['gram_seconds']} s, solve "
-            f"{s['solve_seconds']} s (threads: {s['threads']}, load average {s['load']}); random data, all columns kept, n = 1",
+            f"{s['solve_seconds']} s (threads: {s['threads']}, load average {s['load']}); random data, all columns "
+            "kept, n = 1",
         })  # fmt: skip
     return out
 
@@ -390,7 +391,8 @@ def _costs(r: Mapping[str, Any]) -> str:
     return (
         f"observe 1 pass, {s['observe']:.0f} s on {r['tokens']} tokens; then `norm` {solves['norm']:.1f} s, `obs` "
         f"{solves['obs']:.1f} s; `taylor` 1 forward and 1 backward pass, {s['taylor']:.0f} s on {r['tokens']} tokens; "
-        f"`loo` {r['loo_passes']:.0f} passes, {s['loo']:.0f} s on {r['loo_tokens']} tokens; load average {r['load']}, n = 1"
+        f"`loo` {r['loo_passes']:.0f} passes, {s['loo']:.0f} s on {r['loo_tokens']} tokens; "
+        f"load average {r['load']}, n = 1"
     )
 
 
