@@ -106,10 +106,6 @@ class Checkpoint:
         except KeyError:
             raise CheckpointError("the checkpoint has no such tensor", where=name[:200]) from None
 
-    def shard_path(self, name: str) -> Path:
-        """The file that holds this tensor."""
-        return self.path / self.ref(name).shard
-
     def read(self, name: str) -> U8:
         """The tensor's raw bytes, a fresh array `[size_bytes]`."""
         return self.read_range(name, 0, self.ref(name).size_bytes)
@@ -126,12 +122,6 @@ class Checkpoint:
             return np.frombuffer(_pread(fd, ref.start + start, stop - start, ref.shard), dtype=np.uint8)
         finally:
             os.close(fd)
-
-    def read_rows(self, name: str, first: int, last: int) -> U8:
-        """Raw bytes of rows `first:last` of axis 0: one expert or a few, never the whole fused tensor."""
-        ref = self.ref(name)
-        row = ref.size_bytes // ref.shape[0] if ref.shape and ref.shape[0] else 0
-        return self.read_range(name, first * row, last * row)
 
     def content_hash(self, name: str) -> str:
         """sha256 of the tensor's bytes, in hex, with a bounded buffer."""

@@ -50,11 +50,12 @@ def experts(
         found = stages.explain(planned, Path(stats), *_unit(explain))
         talk.result(found, path=out, text=found.text())
         return
-    doubtful = planned.doubtful
+    doubtful, guarded = planned.doubtful, planned.kept_by_guards
     talk.result(
         planned.plan,
         path=out,
         text=f"{out}: keeps {keep} of {planned.plan.units} experts in {len(planned.plan.layers)} layers by {criterion}"
+        + (f"; {guarded} stay only because a guard keeps them" if guarded else "")
         + (f"; {doubtful} decisions change in more than one of five resamples of the questions" if doubtful else ""),
     )
 
