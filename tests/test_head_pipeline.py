@@ -61,7 +61,14 @@ def test_the_recipe_of_card_000_in_small(tmp_path: Path) -> None:
 
 def test_layers_that_fail_the_canary_get_their_bytes_back(tmp_path: Path) -> None:
     """A strict canary: some of the first layers stay cut, the others and the second shard are the base's."""
-    strict = ("plan.layers=0-3", "plan.drop=3", "heal=null", "canary.newly_broken=1.0", "canary.nll_ratio=1.05")
+    strict = (
+        "score=norm",
+        "plan.layers=0-3",
+        "plan.drop=3",
+        "heal=null",
+        "canary.newly_broken=1.0",
+        "canary.nll_ratio=1.05",
+    )
     run = pipeline.run(words(*strict), tmp_path)
     assert run.model is not None
     assert names(run, reused=False)[4:] == [
