@@ -10,18 +10,19 @@ from typing import Any
 import pytest
 
 from gemcut.errors import CheckpointError, QualityError, UsageError
-from gemcut.records.heal import HEAL_FILE, HealReport, LayerHeal, load_heal, save_heal
+from gemcut.records.heal import HEAL_FILE, ClassResidual, HealReport, LayerHeal, load_heal, save_heal
 
 TENSOR = "model.layers.3.self_attn.o_proj.weight"
 USED = LayerHeal(
     layer=3, tensor=TENSOR, units=4, head_dim=16, kept=(0, 1, 3), samples=800, held_out_samples=100, ridge=1e-2,
     lam=0.5, ridge_residuals={"0.01": 0.2, "0.1": 0.25}, condition=120.0, fit_before=0.4, fit_after=0.1,
     held_out_before=0.4, held_out_after=0.2, used=True, file="layer-003.safetensors", blake3="a" * 64,
+    by_class={"code": ClassResidual(0.5, 0.3, 60), "math": ClassResidual(0.2, 0.1, 40)},
 )  # fmt: skip
 UNUSED = LayerHeal(
     layer=5, tensor=TENSOR.replace("3", "5"), units=4, head_dim=16, kept=(0, 1, 2, 3), samples=800,
     held_out_samples=100, ridge=1e-2, lam=0.5, ridge_residuals={}, condition=120.0, fit_before=0.1, fit_after=0.1,
-    held_out_before=0.1, held_out_after=0.1, used=False, file=None, blake3=None,
+    held_out_before=0.1, held_out_after=0.1, used=False, file=None, blake3=None, by_class={},
 )  # fmt: skip
 REPORT = HealReport(
     fingerprint="b" * 64, method="sequential", model_fingerprint="c" * 64, model_name="demo", plan_fingerprint="d" * 64,
@@ -49,11 +50,13 @@ def changed(value: dict[str, Any], path: str, to: object) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     ("path", "to"),
-    [("schema", 2), ("method", "global"), ("fingerprint", "short"), ("layers.0.used", False), ("layers.0.used", 1),
+    [("schema", 1), ("method", "global"), ("fingerprint", "short"), ("layers.0.used", False), ("layers.0.used", 1),
      ("layers.0.file", None), ("layers.0.file", "../layer-003.safetensors"), ("layers.0.file", "/etc/passwd"),
      ("layers.0.blake3", "A" * 64), ("layers.0.kept", [0, 4]), ("layers.0.kept", [0, 0]), ("layers.0.layer", 5),
      ("layers.0.layer", 6), ("layers.0.condition", "large"), ("layers.0.units", 0), ("layers.1.file", "x.safetensors"),
-     ("layers.0.samples", -1), ("layers.0.ridge_residuals", {"0.1": None}), ("unknown", 1), ("tokens", True)],
+     ("layers.0.samples", -1), ("layers.0.ridge_residuals", {"0.1": None}),
+     ("layers.0.by_class.code.before", "small"), ("layers.0.by_class.code.samples", 0), ("layers.0.by_class.code", 0.5),
+     ("layers.0.by_class.code.more", 1), ("layers.0.by_class", []), ("unknown", 1), ("tokens", True)],
 )  # fmt: skip
 def test_what_cannot_be_is_refused(tmp_path: Path, path: str, to: object) -> None:
     save_heal(REPORT, tmp_path / HEAL_FILE)

@@ -11,9 +11,18 @@ from gemcut.records.fields import Fields, open_record, to_json
 from gemcut.store import write_json
 from gemcut.types import Json
 
-HEAL_SCHEMA = 1
+HEAL_SCHEMA = 2
 HEAL_FILE = "heal.json"
 HealMethod: TypeAlias = Literal["sequential", "local"]
+
+
+@dataclass(frozen=True, slots=True)
+class ClassResidual:
+    """Held-out residuals of one class of text, as in `LayerHeal`, and the tokens behind them."""
+
+    before: float
+    after: float
+    samples: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +37,8 @@ class LayerHeal:
     samples, held_out_samples: tokens behind the fit, and behind the held-out residuals.
     ridge: λ in units of tr(G_KK)/|K|.   ridge_residuals: held-out residual of each ridge that was tried (inner split).
     condition: λ_max/λ_min of G_KK + λI.
+    by_class: the held-out residuals of every class of text apart, so that a calibration too narrow for some text is
+        seen; empty where the classes are not known (a heal from statistics).
     used: the heal beats the cut without it on held-out items; else the layer keeps its old weights.
     file, blake3: where the healed tensor lies, and the hash of its bytes; None where it is not used.
     """
@@ -50,6 +61,7 @@ class LayerHeal:
     used: bool
     file: str | None
     blake3: str | None
+    by_class: Mapping[str, ClassResidual]
 
     @property
     def dropped(self) -> tuple[int, ...]:
@@ -131,7 +143,7 @@ def read_layer_heal(f: Fields) -> LayerHeal:
     used = f.raw("used")
     if not isinstance(used, bool):
         f.refuse("used", used, "true or false")
-    tried = f.child("ridge_residuals")
+    tried, classes = f.child("ridge_residuals"), f.child("by_class")
     one = LayerHeal(
         layer=f.count("layer", 0, 1 << 12),
         tensor=f.text("tensor", empty=False),
@@ -151,8 +163,15 @@ def read_layer_heal(f: Fields) -> LayerHeal:
         used=used,
         file=None if f.raw("file") is None else f.file_name("file"),
         blake3=None if f.raw("blake3") is None else f.digest("blake3"),
+        by_class={name: _read_class(classes.child(name)) for name in classes.names()},
     )
     if used is (one.file is None) or used is (one.blake3 is None):
         f.refuse("file", one.file, "a file and its hash exactly where the heal is used")
+    f.done()
+    return one
+
+
+def _read_class(f: Fields) -> ClassResidual:
+    one = ClassResidual(before=f.number("before"), after=f.number("after"), samples=f.count("samples", 1))
     f.done()
     return one

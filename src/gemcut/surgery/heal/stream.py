@@ -338,5 +338,6 @@ def layer_heal(job: Job, fitted: Fitted, samples: tuple[int, int], file: str | N
         held_out_samples=samples[1],
         file=file,
         blake3=digest,
+        by_class={},
         **found,
     )
