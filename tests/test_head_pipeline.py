@@ -11,9 +11,10 @@ from gemcut import pipeline, recipe
 from gemcut.checkpoint import open_checkpoint
 from gemcut.errors import QualityError, UsageError
 from gemcut.records import load_kld, load_manifest
+from gemcut.records.canary import load_canary
+from tiny import make_tiny, write_corpus
 
 SMALL = ("observe.max_tokens=9000", "kld.max_tokens=3000", "canary.max_new_tokens=8")
-pytestmark = pytest.mark.slow
 
 
 def words(*sets: str) -> recipe.Recipe:
@@ -33,6 +34,7 @@ def changed_layers(model: Path) -> dict[str, set[int]]:
     return out
 
 
+@pytest.mark.slow
 def test_the_recipe_of_card_000_in_small(tmp_path: Path) -> None:
     """Plan, heal, cut, verify, canary, kld, report; a second run keeps everything; the card prints its tables."""
     loose = ("canary.newly_broken=1.0", "heal.max_tokens=9000")
@@ -59,6 +61,7 @@ def test_the_recipe_of_card_000_in_small(tmp_path: Path) -> None:
     assert mean(run) < 0.6 * mean(plain)
 
 
+@pytest.mark.slow
 def test_layers_that_fail_the_canary_get_their_bytes_back(tmp_path: Path) -> None:
     """A strict canary: some of the first layers stay cut, the others and the second shard are the base's."""
     strict = (
@@ -97,15 +100,38 @@ def test_layers_that_fail_the_canary_get_their_bytes_back(tmp_path: Path) -> Non
     assert "the base's bytes" in card
 
 
+@pytest.mark.slow
 def test_without_salvage_the_work_is_kept(tmp_path: Path) -> None:
     strict = ("plan.layers=0-3", "plan.drop=3", "heal=null", "canary.nll_ratio=1.0", "canary.salvage=false")
-    with pytest.raises(QualityError, match="canary failed"):
+    with pytest.raises(QualityError, match="fails the canary under"):
         pipeline.run(words(*strict), tmp_path)
     assert list(tmp_path.glob("demo-heads/cut-*/model/manifest.json"))
     assert list(tmp_path.glob("demo-heads/canary-*/canary.json"))
     assert not list(tmp_path.glob("demo-heads/salvage-*"))
 
 
+def test_a_base_that_does_not_talk_is_blamed_itself(tmp_path: Path) -> None:
+    """No search for layers to restore: no set of them can pass."""
+    make_tiny(tmp_path / "base", "dense", max_position_embeddings=2048, initializer_range=0.5)  # says one letter
+    tiny = recipe.build(
+        {
+            "name": "tiny",
+            "model": str(tmp_path / "base"),
+            "observe": {"corpus": str(write_corpus(tmp_path / "calibration.jsonl", 1)), "dtype": "float32"},
+            "score": "random",
+            "plan": {"kind": "heads", "drop": 2},
+            "canary": {"max_new_tokens": 12},
+        }
+    )
+    with pytest.raises(QualityError, match="the base itself does not talk"):
+        pipeline.run(tiny, tmp_path)
+    record = load_canary(next(tmp_path.glob("tiny/canary-*/canary.json")))
+    assert not record.base_sound
+    assert list(tmp_path.glob("tiny/cut-*/model/manifest.json")), "the work is kept"
+    assert not list(tmp_path.glob("tiny/salvage-*"))
+
+
+@pytest.mark.slow
 def test_what_a_recipe_about_heads_cannot_say(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="one criterion at a time"):
         pipeline.run(words("compare=[obs]"), tmp_path)

@@ -16,28 +16,7 @@ import pytest
 
 from gemcut import pipeline, preflight, recipe
 from gemcut.errors import QualityError, UsageError
-from tiny import make_tiny
-
-WORDS = ("the", "nine", "rain", "on", "a", "hill", "is", "red", "and", "or", "not", "add", "two")
-
-
-def write_corpus(path: Path, seed: int, items: int = 12) -> Path:
-    rng = random.Random(seed)
-    lines = []
-    for i in range(items):
-        cls = ("math", "prose")[i % 2]
-        text = " ".join(rng.choice(WORDS) for _ in range(rng.randint(8, 30)))
-        item: dict[str, object] = {"id": f"{cls}-{seed}-{i}", "class": cls}
-        if i % 3:
-            item["text"] = text
-        else:
-            item["messages"] = [
-                {"role": "user", "content": text},
-                {"role": "assistant", "reasoning_content": "so", "content": text[::-1]},
-            ]
-        lines.append(json.dumps(item))
-    path.write_text("\n".join(lines) + "\n")
-    return path
+from tiny import make_tiny, write_corpus
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 from typing import Any, Literal
 
@@ -174,3 +175,26 @@ def make_tiny(
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 6], "temperature": 1.0}) + "\n")
     make_tokenizer(folder)
     return folder
+
+
+WORDS = ("the", "nine", "rain", "on", "a", "hill", "is", "red", "and", "or", "not", "add", "two")
+
+
+def write_corpus(path: Path, seed: int, items: int = 12) -> Path:
+    """Corpus lines of two classes, texts and conversations, from a seed."""
+    rng = random.Random(seed)
+    lines = []
+    for i in range(items):
+        cls = ("math", "prose")[i % 2]
+        text = " ".join(rng.choice(WORDS) for _ in range(rng.randint(8, 30)))
+        item: dict[str, object] = {"id": f"{cls}-{seed}-{i}", "class": cls}
+        if i % 3:
+            item["text"] = text
+        else:
+            item["messages"] = [
+                {"role": "user", "content": text},
+                {"role": "assistant", "reasoning_content": "so", "content": text[::-1]},
+            ]
+        lines.append(json.dumps(item))
+    path.write_text("\n".join(lines) + "\n")
+    return path

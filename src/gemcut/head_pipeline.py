@@ -8,14 +8,14 @@ base's bytes back: a second cut, verified and measured like the first.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 
 from gemcut import head_stages, models, records, stages, store
+from gemcut.canary import refuse_failed
 from gemcut.checkpoint import Checkpoint, open_checkpoint
-from gemcut.errors import QualityError, UsageError
+from gemcut.errors import UsageError
 from gemcut.recipe import STAGES, CanaryWords, Choice, HeadWords, HealWords, Measure, Recipe
-from gemcut.records.canary import CanaryResult, load_canary
+from gemcut.records.canary import load_canary
 from gemcut.records.importance import load_importance
 from gemcut.runs import Progress, Run, Stage, Stages
 from gemcut.score.heads import head_criterion_named
@@ -189,8 +189,9 @@ class HeadJob:
         self, words: CanaryWords, plan_file: Path, heal: Stage | None, planned: Stage, cut: Stage, asked: Stage
     ) -> tuple[Path, Stage, Stage, Stage]:
         """The largest set of layers that passes: its plan, cut, verification and canary."""
-        if not words.salvage:
-            _refuse(load_canary(asked.folder / CANARY))
+        result = load_canary(asked.folder / CANARY)
+        if not result.base_sound or not words.salvage:
+            refuse_failed(result, hint="the work is kept; canary.salvage: true searches the layers that may stay cut")
         plan = records.load_plan(plan_file)
         scores = records.load_scores(planned.folder / stages.SCORES)
         lost = {
@@ -210,7 +211,7 @@ class HeadJob:
         second = self.cut("salvaged", rest_file, heal, found)
         verified = self.verify("salvaged", rest_file, heal, second)
         again = self.canary("salvaged", words, second)
-        _refuse(load_canary(again.folder / CANARY))
+        refuse_failed(load_canary(again.folder / CANARY))
         return rest_file, second, verified, again
 
     def measure(self, words: Measure, cut: Stage) -> Stage:
@@ -281,23 +282,3 @@ def heal_stage(
 
 def healed_of(heal: Stage | None) -> Path | None:
     return None if heal is None else heal.folder / HEALED
-
-
-def _refuse(result: CanaryResult) -> None:
-    """QualityError where the canary failed; the work is kept."""
-    if result.passed:
-        return
-    if not result.base_sound:
-        raise QualityError(
-            "the base itself does not talk: no cut of it can be judged",
-            where=result.base,
-            hint="is this a base for chat, whole, with its own tokenizer and template?",
-        )
-    failed: Mapping[str, object] = {f"{c.style}, {'BOS' if c.bos else 'no BOS'}": c.reasons for c in result.conditions}
-    reasons = next(f"{where}: {'; '.join(map(str, why))}" for where, why in failed.items() if why)  # type: ignore[call-overload]
-    raise QualityError(
-        "the canary failed; the work is kept",
-        where=result.candidate,
-        got=reasons[:200],
-        hint="canary.salvage: true searches the layers that may stay cut",
-    )

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gemcut.canary import CanarySettings, Limits, judge, worst
+from gemcut.canary import CanarySettings, Limits, judge, refuse_failed, worst
 from gemcut.canary.judge import nll_ratio, wilson
 from gemcut.canary.prompts import PROMPTS, prompts_hash
-from gemcut.errors import CheckpointError, UsageError
+from gemcut.errors import CheckpointError, QualityError, UsageError
 from gemcut.records.canary import Answer, Answers, Said, Style
 
 SETTINGS = CanarySettings()
@@ -104,6 +104,19 @@ def test_a_broken_base_is_said_and_not_blamed_on_the_candidate() -> None:
     assert one.base_sound
     assert one.passed
     assert not one.conditions[1].base_sound
+
+
+def test_a_failure_names_who_failed_and_where() -> None:
+    refuse_failed(judge(answers(), answers(), SETTINGS))
+    everywhere = dict.fromkeys(CONDITIONS, 20)
+    with pytest.raises(QualityError, match="the base itself does not talk") as refused:
+        refuse_failed(judge(answers(everywhere), answers(everywhere, name="cut"), SETTINGS))
+    assert "cut" not in str(refused.value.where)
+    with pytest.raises(QualityError, match="under 1 of 4 conditions") as refused:
+        refuse_failed(judge(answers(), answers({("chat", False): 12}, name="cut"), SETTINGS), hint="heal it")
+    assert refused.value.where == "cut: chat, no BOS"
+    assert "12 of 24" in str(refused.value)
+    assert "heal it" in str(refused.value)
 
 
 def test_the_ratio_fails_where_the_answers_look_well() -> None:

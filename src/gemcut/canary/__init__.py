@@ -4,7 +4,7 @@ Teacher-forced losses stay fine while generation collapses, and a collapse may s
 answer freely, under six conditions, and the base is the yardstick of each.
 """
 
-from gemcut.canary.judge import judge, worst
+from gemcut.canary.judge import judge, refuse_failed, worst
 from gemcut.canary.run import CANARY, against, base_of, check_pair, run_canary
 from gemcut.canary.settings import CanarySettings, Limits
 
@@ -16,6 +16,7 @@ __all__ = [
     "base_of",
     "check_pair",
     "judge",
+    "refuse_failed",
     "run_canary",
     "worst",
 ]

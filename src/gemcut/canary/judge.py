@@ -12,7 +12,7 @@ import numpy as np
 from gemcut.canary.detect import divergence, signs
 from gemcut.canary.prompts import PROMPTS, prompts_hash
 from gemcut.canary.settings import CanarySettings, Limits
-from gemcut.errors import CheckpointError
+from gemcut.errors import CheckpointError, QualityError
 from gemcut.records.canary import (
     Answer,
     Answers,
@@ -162,6 +162,31 @@ def worst(result: CanaryResult, n: int = 3) -> list[AnswerVerdict]:
         return (-len(a.new), -lost)
 
     return sorted((a for a in result.answers if a.divergence is not None), key=order)[:n]
+
+
+def refuse_failed(result: CanaryResult, *, hint: str = "cut less or heal; --json has every answer") -> None:
+    """Raise where the verdict is a failure: the base's own, or the candidate's.
+
+    Args:
+        hint: what to do about a candidate that fails.
+    Raises:
+        QualityError: with the first condition that failed and its reasons.
+    """
+    if result.passed:
+        return
+    if not result.base_sound:
+        raise QualityError(
+            "the base itself does not talk: its candidates cannot be judged",
+            where=result.base,
+            hint="is this a base for chat, whole, with its own tokenizer and template?",
+        )
+    failed = [c for c in result.conditions if c.reasons]
+    raise QualityError(
+        f"the candidate fails the canary under {len(failed)} of {len(result.conditions)} conditions",
+        where=f"{result.candidate}: {condition_name(failed[0].style, failed[0].bos)}",
+        got="; ".join(failed[0].reasons),
+        hint=hint,
+    )
 
 
 def _pairs(ours: Said, theirs: Said) -> list[tuple[Answer, Answer]]:

@@ -9,7 +9,6 @@ import click
 
 from gemcut.cli import options
 from gemcut.cli.console import Talk
-from gemcut.errors import QualityError
 
 if TYPE_CHECKING:
     from gemcut.records.canary import CanaryResult, ConditionVerdict
@@ -46,7 +45,7 @@ def canary(
     A finding counts where the base does not show it. Exit code 5 when the candidate fails; the record is kept.
     """
     from gemcut import models
-    from gemcut.canary import CanarySettings, run_canary
+    from gemcut.canary import CanarySettings, refuse_failed, run_canary
 
     settings = CanarySettings(
         max_new_tokens=max_new_tokens,
@@ -108,31 +107,6 @@ def show_canary(talk: Talk, result: CanaryResult) -> None:
                 for row in rows
             ],
         )
-
-
-def refuse_failed(result: CanaryResult) -> None:
-    """Raise where the verdict is a failure: the base's own, or the candidate's.
-
-    Raises:
-        QualityError: with the first condition that failed and its reason.
-    """
-    from gemcut.records.canary import condition_name
-
-    if result.passed:
-        return
-    failed = [c for c in result.conditions if c.reasons]
-    if not result.base_sound:
-        raise QualityError(
-            "the base itself does not talk: its candidates cannot be judged",
-            where=result.base,
-            hint="is this a base for chat, whole, with its own tokenizer and template?",
-        )
-    raise QualityError(
-        f"the candidate fails the canary under {len(failed)} of {len(result.conditions)} conditions",
-        where=f"{result.candidate}: {condition_name(failed[0].style, failed[0].bos)}",
-        got="; ".join(failed[0].reasons),
-        hint="cut less or heal; --json has every answer",
-    )
 
 
 def _share(value: Estimate) -> str:
