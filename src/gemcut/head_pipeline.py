@@ -75,7 +75,7 @@ class HeadJob:
         if last >= STAGES.index("canary") and self.recipe.canary is not None:
             asked = self.canary("", self.recipe.canary, cut)
             if not load_canary(asked.folder / CANARY).passed:
-                plan_file, cut, verified, asked = self.salvage(self.recipe.canary, plan_file, heal, planned, cut, asked)
+                plan_file, cut, verified, asked = self.salvage(self.recipe.canary, observed, plan_file, heal, asked)
                 plan = records.load_plan(plan_file)
                 self.result.model = cut.folder / MODEL
         if last >= STAGES.index("kld") and self.recipe.kld is not None:
@@ -186,27 +186,27 @@ class HeadJob:
         )
 
     def salvage(
-        self, words: CanaryWords, plan_file: Path, heal: Stage | None, planned: Stage, cut: Stage, asked: Stage
+        self, words: CanaryWords, observed: Stage, plan_file: Path, heal: Stage | None, asked: Stage
     ) -> tuple[Path, Stage, Stage, Stage]:
         """The largest set of layers that passes: its plan, cut, verification and canary."""
         result = load_canary(asked.folder / CANARY)
         if not result.base_sound or not words.salvage:
             refuse_failed(result, hint="the work is kept; canary.salvage: true searches the layers that may stay cut")
-        plan = records.load_plan(plan_file)
-        scores = records.load_scores(planned.folder / stages.SCORES)
-        lost = {
-            layer: float(sum(scores.values[scores.layers.index(layer), unit] for unit in one.drop))
-            for layer, one in plan.layers.items()
-        }
-        damage = head_stages.damage_of(plan, lost, healed_of(heal))
 
         def build(folder: Path) -> None:
-            rescue = head_stages.rescue(
-                self.base, plan, damage, healed_of(heal), words, self._answers(words), folder, progress=self.progress
+            rest = head_stages.rescue(
+                self.base,
+                records.load_plan(plan_file),
+                observed.folder / STATISTICS,
+                healed_of(heal),
+                words,
+                self._answers(words),
+                folder,
+                progress=self.progress,
             )
-            stages.save_plan(rescue.plan, folder / stages.PLAN, force=True)
+            stages.save_plan(rest, folder / stages.PLAN, force=True)
 
-        found = self.stage("salvage", "", {"damage": {str(k): v for k, v in damage.items()}}, (asked.key,), build)
+        found = self.stage("salvage", "", {}, (asked.key,), build)
         rest_file = found.folder / stages.PLAN
         second = self.cut("salvaged", rest_file, heal, found)
         verified = self.verify("salvaged", rest_file, heal, second)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -187,40 +186,40 @@ def canary(
     return result
 
 
-@dataclass(frozen=True, slots=True)
-class Rescue:
-    """What is left of a plan after its canary failed. `plan` names the layers that stay cut."""
+def damage_of(base: Checkpoint, plan: Plan, statistics: Path, healed: Path | None) -> dict[int, float]:
+    """Harm of each layer's cut, for the order of the search; relative to the layer's branch, so that layers compare.
 
-    plan: Plan
-    found: Salvaged
-    canary: CanaryResult | None
+        D(l) = Σ_{h dropped} S_l[h] / Σ_h S_l[h],   S the criterion `norm`
 
-
-def damage_of(plan: Plan, scores_by_layer: Mapping[int, float], healed: Path | None) -> dict[int, float]:
-    """Harm of each layer's cut, for the order of the search: the held-out residual of the written weights where a heal
-    measured it, else what the criterion says of the dropped heads."""
+    or, where a heal measured it, the held-out residual of the weights that are written. What the plan's own criterion
+    says is no harm: positions of a search (`obs`), or units of its own.
+    """
     if healed is not None:
-        report = load_heal(healed / HEAL_FILE)
         return {
             one.layer: one.held_out_after if one.used else one.held_out_before
-            for one in report.layers
+            for one in load_heal(healed / HEAL_FILE).layers
             if one.layer in plan.layers
         }
-    return {layer: scores_by_layer[layer] for layer, one in plan.layers.items() if one.drop}
+    dropped = {layer: list(one.drop) for layer, one in plan.layers.items() if one.drop}
+    scores = score_heads(base, statistics, "norm", drop=0, layers=dropped)
+    return {
+        layer: float(values[dropped[layer]].sum() / values.sum())
+        for layer, values in zip(scores.layers, scores.values, strict=True)
+    }
 
 
 def rescue(
     base: Checkpoint,
     plan: Plan,
-    damage: Mapping[int, float],
+    statistics: Path,
     healed: Path | None,
     words: CanaryWords,
     answers_file: Path,
     folder: Path,
     *,
     progress: Progress | None = None,
-) -> Rescue:
-    """Search the largest set of layers that passes the canary, when all of them failed it.
+) -> Plan:
+    """Search the largest set of layers that passes the canary, when all of them failed it; the plan of that set.
 
     Every trial is written, asked, recorded and removed.
 
@@ -232,16 +231,16 @@ def rescue(
             "a structural cut cannot be salvaged: config.json has one head count for all layers",
             hint="drop fewer heads, or plan with mode mask",
         )
+    damage = damage_of(base, plan, statistics, healed)
     settings = canary_settings(words)
     answers: Answers = base_of(base, settings, answers_file, progress)
-    results: dict[tuple[int, ...], CanaryResult] = {}
 
     def passes(layers: tuple[int, ...]) -> bool:
         out = folder / "trial"
         surgery.cut(base, keep_layers(plan, layers), out, healed=healed, force=True)
-        results[layers] = against(answers, open_checkpoint(out, base.name), settings, progress)
+        result = against(answers, open_checkpoint(out, base.name), settings, progress)
         shutil.rmtree(out)
-        return results[layers].passed
+        return result.passed
 
     found = salvage(damage, passes, whole_failed=True)
     store.write_json(folder / SALVAGE, salvage_record(found, damage))
@@ -251,7 +250,7 @@ def rescue(
             got=f"{len(found.trials)} sets of layers tried",
             hint="drop fewer heads, heal on more text, or loosen canary.newly_broken",
         )
-    return Rescue(keep_layers(plan, found.layers), found, results[found.layers])
+    return keep_layers(plan, found.layers)
 
 
 def salvage_record(found: Salvaged, damage: Mapping[int, float]) -> dict[str, Json]:
