@@ -34,7 +34,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     corpus = write_corpus(folder / "calibration.jsonl", 1)
     words = Observe(corpus=str(corpus), dtype="float32")
     checkpoint = open_checkpoint(base)
-    stages.observe(checkpoint, stages.read_corpus(words.corpus, checkpoint, None, 512), folder / "stats", words)
+    stages.observe(checkpoint, stages.corpus_of(words, checkpoint), folder / "stats", words)
     return folder
 
 

@@ -16,16 +16,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from gemcut import models, stages, store
+from gemcut import stages, store
 from gemcut.checkpoint import open_checkpoint
 from gemcut.errors import UsageError
-from gemcut.head_pipeline import HeadJob, heal_stage, healed_of
-from gemcut.recipe import STAGES, Choice, Measure, PlanWords, Recipe, resolved
+from gemcut.head_pipeline import HeadJob
+from gemcut.jobs import MODEL, STATISTICS, Job, healed_of
+from gemcut.recipe import STAGES, Choice, PlanWords, Recipe, resolved
 from gemcut.records.heal import HEAL_FILE, load_heal
-from gemcut.runs import Progress, Run, Stage, Stages, lock
-
-STATISTICS = "statistics"  # inside the observe stage's folder
-MODEL = "model"  # inside a cut stage's folder
+from gemcut.runs import Progress, Run, Stage, lock
 
 
 def run(
@@ -59,25 +57,20 @@ def run(
     return result
 
 
-class ExpertJob:
-    """One run of one recipe about experts: each method is one stage and returns what the next ones stand on."""
+class ExpertJob(Job):
+    """One run of one recipe about experts."""
 
     def __init__(self, result: Run, force: bool, progress: Progress | None) -> None:
         assert isinstance(result.recipe.plan, PlanWords)
         if result.recipe.canary is not None:
             raise UsageError("the canary stage belongs to recipes about heads", where="canary", hint="gemcut canary")
-        self.recipe = result.recipe
+        super().__init__(result, force, progress)
         self.words: PlanWords = result.recipe.plan
-        self.result = result
-        self.force = force
-        self.progress = progress
-        self.stage = Stages(result, force=force)
-        self.base = models.open_model(self.recipe.model)
         self.choices = _choices(self.recipe)
         self.chosen = self.choices[0].name
 
     def until(self, name: str) -> None:
-        """Every stage in order, up to the one of this name."""
+        """Every stage in order, up to the one of this name. The heal is of the chosen criterion's cut alone."""
         last = STAGES.index(name)
         observed = self.observe()
         if last < STAGES.index("plan"):
@@ -93,28 +86,12 @@ class ExpertJob:
         self.result.model = cuts[self.chosen].folder / MODEL
         if last < STAGES.index("verify"):
             return
-        verified = self.verify(plans[self.chosen], heal, cuts[self.chosen])
-        if last < STAGES.index("kld"):
-            return
-        if self.recipe.kld is not None:
-            measured = self.measure(self.recipe.kld, cuts)
-            self.result.measured = stages.measured(measured.folder, list(cuts))
+        verified = self.verify(self.chosen, plans[self.chosen], heal, cuts[self.chosen])
+        if last >= STAGES.index("kld") and self.recipe.kld is not None:
+            self.measure(self.recipe.kld, cuts)
         if last >= STAGES.index("report"):
             self.report(observed, plans, heal, verified)
         stages.kld_gate(self.recipe.kld, self.result.measured or {}, self.chosen)
-
-    def observe(self) -> Stage:
-        words = self.recipe.observe
-        corpus = stages.read_corpus(words.corpus, self.base, words.max_tokens, words.max_tokens_per_item)
-        return self.stage(
-            "observe",
-            "",
-            stages.observe_key(self.base, corpus, words),
-            (),
-            lambda folder: stages.observe(
-                self.base, corpus, folder / STATISTICS, words, force=self.force, progress=self.progress
-            ),
-        )
 
     def plan(self, choice: Choice, observed: Stage) -> Stage:
         words = self.words
@@ -126,74 +103,6 @@ class ExpertJob:
             lambda folder: stages.plan(observed.folder / STATISTICS, choice, words, folder, force=True),
         )
 
-    def heal(self, planned: Stage) -> Stage | None:
-        """Of the chosen criterion's plan, where the recipe wants it: the others are what it is compared with."""
-        words = self.recipe.heal
-        if words is None:
-            return None
-        return heal_stage(
-            self.stage,
-            self.recipe,
-            words,
-            self.base,
-            planned.folder / stages.PLAN,
-            planned,
-            force=self.force,
-            progress=self.progress,
-        )
-
-    def cut(self, name: str, planned: Stage, heal: Stage | None) -> Stage:
-        plan_file, link = planned.folder / stages.PLAN, self.recipe.cut.link
-        return self.stage(
-            "cut",
-            name,
-            {"model": self.base.fingerprint, "plan": store.sha256_file(plan_file), "link": link},
-            (planned.key, *((heal.key,) if heal else ())),
-            lambda folder: stages.cut(
-                self.base,
-                plan_file,
-                folder / MODEL,
-                healed=healed_of(heal),
-                link=link,
-                force=True,
-                progress=self.progress,
-            ),
-        )
-
-    def verify(self, planned: Stage, heal: Stage | None, cut: Stage) -> Stage:
-        return self.stage(
-            "verify",
-            self.chosen,
-            {"model": self.base.fingerprint},
-            (cut.key,),
-            lambda folder: stages.verified(
-                cut.folder / MODEL,
-                self.base,
-                planned.folder / stages.PLAN,
-                folder,
-                healed=healed_of(heal),
-                progress=self.progress,
-            ),
-        )
-
-    def measure(self, words: Measure, cuts: Mapping[str, Stage]) -> Stage:
-        corpus = stages.read_corpus(words.corpus, self.base, words.max_tokens, words.max_tokens_per_item)
-        settings = words.model_dump(mode="json", exclude={"corpus", "max_mean_nats"})
-        return self.stage(
-            "kld",
-            "",
-            {"model": self.base.fingerprint, "corpus": corpus.hash, "candidates": list(cuts), **settings},
-            tuple(cut.key for cut in cuts.values()),
-            lambda folder: stages.kld(
-                self.base,
-                {name: cut.folder / MODEL for name, cut in cuts.items()},
-                corpus,
-                words,
-                folder,
-                progress=self.progress,
-            ),
-        )
-
     def report(self, observed: Stage, plans: Mapping[str, Stage], heal: Stage | None, verified: Stage) -> None:
         from gemcut import (  # matplotlib takes a second that the other stages need not wait for
             head_reporting,
@@ -201,20 +110,18 @@ class ExpertJob:
         )
 
         assert self.result.model is not None
-        kept = self.words.keep
         healed = healed_of(heal)
         refit = load_heal(healed / HEAL_FILE) if healed else None
-        name = f"{self.base.name.rpartition('/')[2].partition('@')[0].replace(':', '-')}-{kept}e"
         self.result.report = reporting.write(
             self.recipe,
             self.base,
-            open_checkpoint(self.result.model, name),
+            open_checkpoint(self.result.model, self.named(f"{self.words.keep}e")),
             statistics=observed.folder / STATISTICS,
             planned={label: stages.load_planned(planned.folder) for label, planned in plans.items()},
             checks=(*stages.load_checks(verified.folder), *head_reporting.heal_checks(refit)),
             extras=head_reporting.heal_table(refit, kind="experts"),
             measured=self.result.measured or {},
-            times=[(s.folder.name.rsplit("-", 1)[0], s.seconds, s.peak_rss_bytes) for s in self.result.done],
+            times=self.times(),
             out=self.result.folder / "report",
         )
 

@@ -63,9 +63,7 @@ def estimate(recipe: Recipe, runs: Path, *, until: str = "report") -> Preflight:
         MissingError: the disk or the memory is too small for it.
     """
     base = models.open_model(recipe.model)
-    corpus = stages.read_corpus(
-        recipe.observe.corpus, base, recipe.observe.max_tokens, recipe.observe.max_tokens_per_item
-    )
+    corpus = stages.corpus_of(recipe.observe, base)
     rates = machine.measure_rates(base.path / next(iter(base.shards)), runs)
     choices = 1 + len(recipe.compare)
     words = recipe.plan
@@ -82,7 +80,7 @@ def estimate(recipe: Recipe, runs: Path, *, until: str = "report") -> Preflight:
     if recipe.canary is not None:
         costs.append(_canary(base))
     if recipe.kld is not None:
-        text = stages.read_corpus(recipe.kld.corpus, base, recipe.kld.max_tokens, recipe.kld.max_tokens_per_item)
+        text = stages.corpus_of(recipe.kld, base)
         costs.append(_kld(base, text, choices, kept, recipe.kld.dtype, rates))
     costs.append(StageCost("report", "", 0, _SMALL_WRITE_BYTES, _LIGHT_MEMORY_BYTES, None))
     last = STAGES.index(until) if until in STAGES else len(STAGES)
@@ -181,7 +179,7 @@ def _heal(base: Checkpoint, plan: Plan, words: HealWords, observed: str, rates: 
     from gemcut.surgery.heal.memory import heal_disk_bytes, heal_memory_bytes
 
     settings = heal_settings(words)
-    text = stages.read_corpus(words.corpus or observed, base, words.max_tokens, words.max_tokens_per_item)
+    text = stages.corpus_of(words, base, observed)
     longest = max(len(row.ids) for row in text.items)
     compute = 3 * 2 * active_parameters(base) * text.tokens / (rates.flops * _EFFICIENCY)  # dense, cut, healed
     reading = base.size_bytes / rates.read if rates.read else 0.0

@@ -96,7 +96,7 @@ def heal(
 
     words = recipe.heal_words({"corpus": corpus, "max_tokens": max_tokens, "method": method, "device": device}, sets)
     base = models.open_model(model)
-    text = stages.read_corpus(corpus, base, words.max_tokens, words.max_tokens_per_item)
+    text = stages.corpus_of(words, base)
     plan = records.load_plan(Path(plan_file))
     report = head_stages.heal(base, plan, text, words, Path(out), force=force, progress=talk.progress)
     what = "o_proj's output" if plan.kind == "heads" else "the experts' sum"

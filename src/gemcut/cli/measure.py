@@ -40,7 +40,7 @@ def kld(
         {"corpus": corpus, "max_tokens": max_tokens, "device": device, "dtype": dtype, "seed": seed}
     )
     model = models.open_model(base)
-    text = stages.read_corpus(words.corpus, model, words.max_tokens, words.max_tokens_per_item)
+    text = stages.corpus_of(words, model)
     named = models.candidate_names(candidates)
     results = stages.kld(model, named, text, words, Path(out) if out else None, progress=talk.progress)
     show_kld(talk, results)

@@ -42,7 +42,7 @@ def observe(
         {"corpus": corpus, "max_tokens": max_tokens, "max_memory_gib": max_memory, "device": device}, sets
     )
     base = models.open_model(model)
-    text = stages.read_corpus(words.corpus, base, words.max_tokens, words.max_tokens_per_item)
+    text = stages.corpus_of(words, base)
     if dry_run:
         from gemcut import preflight
         from gemcut.cli.sizes import show_preflight

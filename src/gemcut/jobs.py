@@ -1,0 +1,132 @@
+"""What every run of a recipe does, of experts or of heads: observe, heal, cut, verify, measure; see `pipeline`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from gemcut import head_stages, models, records, stages, store
+from gemcut.recipe import Measure
+from gemcut.runs import Progress, Run, Stage, Stages
+
+STATISTICS = "statistics"  # inside the observe stage's folder
+HEALED = "healed"  # inside the heal stage's
+MODEL = "model"  # inside a cut stage's
+
+
+class Job:
+    """One run of one recipe: each method is one stage and returns what the next ones stand on."""
+
+    def __init__(self, result: Run, force: bool, progress: Progress | None) -> None:
+        self.recipe = result.recipe
+        self.result = result
+        self.force = force
+        self.progress = progress
+        self.stage = Stages(result, force=force)
+        self.base = models.open_model(self.recipe.model)
+
+    def observe(self) -> Stage:
+        words = self.recipe.observe
+        corpus = stages.corpus_of(words, self.base)
+        return self.stage(
+            "observe",
+            "",
+            stages.observe_key(self.base, corpus, words),
+            (),
+            lambda folder: stages.observe(
+                self.base, corpus, folder / STATISTICS, words, force=self.force, progress=self.progress
+            ),
+        )
+
+    def heal(self, planned: Stage) -> Stage | None:
+        """The refit after a plan, where the recipe wants one."""
+        words = self.recipe.heal
+        if words is None:
+            return None
+        plan_file = planned.folder / stages.PLAN
+        corpus = stages.corpus_of(words, self.base, self.recipe.observe.corpus)
+        settings = words.model_dump(mode="json", exclude={"corpus"})
+        return self.stage(
+            "heal",
+            "",
+            {"model": self.base.fingerprint, "plan": store.sha256_file(plan_file), "corpus": corpus.hash, **settings},
+            (planned.key,),
+            lambda folder: head_stages.heal(
+                self.base,
+                records.load_plan(plan_file),
+                corpus,
+                words,
+                folder / HEALED,
+                force=self.force,
+                progress=self.progress,
+            ),
+        )
+
+    def cut(self, label: str, planned: Stage, heal: Stage | None) -> Stage:
+        """The checkpoint of the plan that lies in a stage's folder."""
+        plan_file, link = planned.folder / stages.PLAN, self.recipe.cut.link
+        return self.stage(
+            "cut",
+            label,
+            {"model": self.base.fingerprint, "plan": store.sha256_file(plan_file), "link": link},
+            (planned.key, *((heal.key,) if heal else ())),
+            lambda folder: stages.cut(
+                self.base,
+                plan_file,
+                folder / MODEL,
+                healed=healed_of(heal),
+                link=link,
+                force=True,
+                progress=self.progress,
+            ),
+        )
+
+    def verify(self, label: str, planned: Stage, heal: Stage | None, cut: Stage) -> Stage:
+        """The written bytes against plan and record."""
+        return self.stage(
+            "verify",
+            label,
+            {"model": self.base.fingerprint},
+            (cut.key,),
+            lambda folder: stages.verified(
+                cut.folder / MODEL,
+                self.base,
+                planned.folder / stages.PLAN,
+                folder,
+                healed=healed_of(heal),
+                progress=self.progress,
+            ),
+        )
+
+    def measure(self, words: Measure, cuts: Mapping[str, Stage]) -> None:
+        """KLD of every candidate, by the criterion's name."""
+        corpus = stages.corpus_of(words, self.base)
+        settings = words.model_dump(mode="json", exclude={"corpus", "max_mean_nats"})
+        done = self.stage(
+            "kld",
+            "",
+            {"model": self.base.fingerprint, "corpus": corpus.hash, "candidates": list(cuts), **settings},
+            tuple(cut.key for cut in cuts.values()),
+            lambda folder: stages.kld(
+                self.base,
+                {name: cut.folder / MODEL for name, cut in cuts.items()},
+                corpus,
+                words,
+                folder,
+                progress=self.progress,
+            ),
+        )
+        self.result.measured = stages.measured(done.folder, list(cuts))
+
+    def named(self, suffix: str) -> str:
+        """What a cut of the base is called: its own last name, and the suffix."""
+        return f"{self.base.name.rpartition('/')[2].partition('@')[0].replace(':', '-')}-{suffix}"
+
+    def times(self) -> list[tuple[str, float, int]]:
+        """Name, seconds and peak memory in bytes of every stage so far."""
+        return [(s.folder.name.rsplit("-", 1)[0], s.seconds, s.peak_rss_bytes) for s in self.result.done]
+
+
+def healed_of(heal: Stage | None) -> Path | None:
+    """Where a heal's tensors lie."""
+    return None if heal is None else heal.folder / HEALED
