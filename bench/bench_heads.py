@@ -33,12 +33,12 @@ import numpy as np
 import torch
 
 from gemcut import head_stages, surgery
-from gemcut.ablate.loo import loo_bytes
+from gemcut.ablate import AblateSettings, loo_bytes
 from gemcut.checkpoint import Checkpoint, open_checkpoint
 from gemcut.checkpoint.header import read_header
 from gemcut.checkpoint.write import write_checkpoint
 from gemcut.evaluate.chunks import KldChunks
-from gemcut.evaluate.kld import kld_chunks
+from gemcut.evaluate.kld import KldSettings, kld_chunks
 from gemcut.observe.run import observe
 from gemcut.observe.settings import ObserveSettings
 from gemcut.plan.heads import plan_heads
@@ -234,7 +234,7 @@ class Bench:
     def run(self) -> dict[str, Any]:
         where = self.candidates(self.select())
         opened = [open_checkpoint(self.root / f"candidate-{i}") for i in range(max(where.values()) + 1)]
-        found = self.timed("kld", lambda: kld_chunks(self.base, opened, self.held_out, dtype=DTYPE))
+        found = self.timed("kld", lambda: kld_chunks(self.base, opened, self.held_out, KldSettings(dtype=DTYPE)))
         return self.tables(where, found)
 
     def tables(self, where: Mapping[tuple[str, float, str], int], found: KldChunks) -> dict[str, Any]:
@@ -256,7 +256,7 @@ class Bench:
             for (name, share), s in self.scores.items()
             if share == SIZES[0]
         }
-        size = loo_bytes(self.base, self.loo_corpus, dtype=DTYPE)
+        size = loo_bytes(self.base, self.loo_corpus, AblateSettings(dtype=DTYPE))
         depth = len(self.importance["loo"].layers)
         return {
             "default": HEAD_DEFAULT, "cells": cells, "removed": removed, "against_card": against, "ranks": ranks,

@@ -48,7 +48,7 @@ def importance(
     progress: Progress | None = None,
 ) -> HeadImportance:
     """What the loss says about every head: "loo" or "taylor", on a corpus; kept in a folder where `out` is given."""
-    from gemcut.ablate import loo, taylor
+    from gemcut.ablate import AblateSettings, loo, taylor
     from gemcut.stream.devices import use_free_cores
 
     methods = {"loo": loo, "taylor": taylor}
@@ -57,7 +57,8 @@ def importance(
     if out is not None:
         store.refuse_existing(out, force=force)
     use_free_cores()
-    found = methods[method](base, corpus, device=device, dtype=None if dtype == "auto" else dtype, progress=progress)
+    settings = AblateSettings(device=device, dtype=None if dtype == "auto" else dtype)
+    found = methods[method](base, corpus, settings, progress=progress)
     if out is not None:
         save_importance(found, out, force=force)
     return found

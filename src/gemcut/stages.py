@@ -342,20 +342,14 @@ def kld(
     progress: Progress | None = None,
 ) -> dict[str, KldResult]:
     """All candidates against one pass of the base; kept as one JSON per candidate."""
+    from gemcut.evaluate.kld import KldSettings
     from gemcut.evaluate.kld import kld as measure
     from gemcut.stream.devices import use_free_cores
 
     use_free_cores()
     models = [open_checkpoint(path, name) for name, path in candidates.items()]
-    results = measure(
-        base,
-        models,
-        corpus,
-        device=words.device,
-        dtype=None if words.dtype == "auto" else words.dtype,
-        seed=words.seed,
-        progress=progress,
-    )
+    settings = KldSettings(device=words.device, dtype=words.dtype, seed=words.seed)
+    results = measure(base, models, corpus, settings, progress=progress)
     named = dict(zip(candidates, results, strict=True))
     if folder is not None:
         for name, result in named.items():

@@ -11,7 +11,7 @@ import pytest
 import torch
 from tests.ablate.plain import HEADS, LAYERS, changed, head_widths, item_losses, layers_of, make_corpus, stock
 
-from gemcut.ablate import loo, loo_bytes, taylor, taylor_bytes
+from gemcut.ablate import AblateSettings, loo, loo_bytes, taylor, taylor_bytes
 from gemcut.checkpoint.read import Checkpoint, open_checkpoint
 from gemcut.errors import CheckpointError, MissingError, QualityError, UsageError
 from gemcut.stream.corpus import Corpus
@@ -76,7 +76,7 @@ def test_streamed_is_the_whole_model(
 
 def test_the_record_says_what_was_measured(folders: dict[str, Path], corpus: Corpus) -> None:
     checkpoint = open_checkpoint(folders["dense"])
-    got = loo(checkpoint, corpus, dtype="bfloat16", layers=[3, 1])
+    got = loo(checkpoint, corpus, AblateSettings(dtype="bfloat16", layers=(3, 1)))
     assert (got.method, got.layers, got.units, got.dtype) == ("loo", (1, 3), HEADS, "bfloat16")
     assert (got.tokens, got.items, got.classes) == (corpus.scored_tokens, 8, ("code", "math", "story"))
     assert (got.model_fingerprint, got.corpus_hash, got.template_hash) == (checkpoint.fingerprint, "a" * 64, "b" * 64)
@@ -95,7 +95,7 @@ def test_classes_add_up_to_the_whole(corpus: Corpus, found: dict[str, HeadImport
 def test_batches_change_nothing(
     folders: dict[str, Path], corpus: Corpus, found: dict[str, HeadImportance], kind: str
 ) -> None:
-    alone = loo(open_checkpoint(folders[kind]), corpus, batch_tokens=1)
+    alone = loo(open_checkpoint(folders[kind]), corpus, AblateSettings(batch_tokens=1))
     np.testing.assert_allclose(alone.values, found[kind].values, rtol=0, atol=1e-6)
 
 
@@ -121,11 +121,11 @@ def test_rounds_within_a_budget_give_the_same_bits(
     one = loo_bytes(checkpoint, corpus)
     assert one.all_bytes == 17 * one.slab_bytes
     budget: dict[str, Any] = {"max_bytes": slabs * one.slab_bytes, "memory_bytes": 0, "scratch": tmp_path}
-    size = loo_bytes(checkpoint, corpus, **budget)
+    size = loo_bytes(checkpoint, corpus, AblateSettings(**budget))
     assert size.rounds == rounds
     assert size.state_bytes <= budget["max_bytes"]
     calls: list[tuple[int, int]] = []
-    got = loo(checkpoint, corpus, progress=lambda done, total, _: calls.append((done, total)), **budget)
+    got = loo(checkpoint, corpus, AblateSettings(**budget), progress=lambda done, total, _: calls.append((done, total)))
     np.testing.assert_array_equal(got.values, found["dense"].values)
     assert len(loads) == size.layer_loads
     assert calls[-1] == (size.passes, size.passes)
@@ -136,7 +136,7 @@ def test_rounds_within_a_budget_give_the_same_bits(
 def test_some_layers_are_rows_of_all(
     folders: dict[str, Path], corpus: Corpus, found: dict[str, HeadImportance]
 ) -> None:
-    got = loo(open_checkpoint(folders["moe"]), corpus, layers=[2])
+    got = loo(open_checkpoint(folders["moe"]), corpus, AblateSettings(layers=(2,)))
     np.testing.assert_array_equal(got.values, found["moe"].values[[2]])
 
 
@@ -156,15 +156,15 @@ def test_a_head_that_nobody_reads_costs_nothing(
 ) -> None:
     checkpoint = open_checkpoint(changed(folders[kind], tmp_path / "deaf", without_columns))
     for method in (loo, taylor):
-        values = method(checkpoint, corpus, dtype=dtype).values
+        values = method(checkpoint, corpus, AblateSettings(dtype=dtype)).values
         assert np.argwhere(values == 0).tolist() == [[0, 3], [1, 1]]
 
 
 def test_one_item_has_no_standard_error(folders: dict[str, Path]) -> None:
     one = make_corpus(folders["dense"], (12,))
     checkpoint = open_checkpoint(folders["dense"])
-    assert loo(checkpoint, one, layers=[3]).stderr is None
-    assert taylor(checkpoint, one, layers=[3]).stderr is None
+    assert loo(checkpoint, one, AblateSettings(layers=(3,))).stderr is None
+    assert taylor(checkpoint, one, AblateSettings(layers=(3,))).stderr is None
 
 
 # ---------------------------------------------------------------- what must be refused, by both methods
@@ -203,10 +203,12 @@ def test_broken_ends_are_named(
 
 
 @pytest.mark.parametrize("method", [loo, taylor])
-@pytest.mark.parametrize("layers", [[], [0, 0], [LAYERS], [-1]])
-def test_layers_that_are_not_there(folders: dict[str, Path], corpus: Corpus, method: Any, layers: list[int]) -> None:
+@pytest.mark.parametrize("layers", [(), (0, 0), (LAYERS,), (-1,)])
+def test_layers_that_are_not_there(
+    folders: dict[str, Path], corpus: Corpus, method: Any, layers: tuple[int, ...]
+) -> None:
     with pytest.raises(UsageError, match="not layers of the model"):
-        method(open_checkpoint(folders["dense"]), corpus, layers=layers)
+        method(open_checkpoint(folders["dense"]), corpus, AblateSettings(layers=layers))
 
 
 @pytest.mark.parametrize("method", [loo, taylor])
@@ -219,7 +221,7 @@ def test_another_tokenizer_and_no_items(folders: dict[str, Path], corpus: Corpus
     with pytest.raises(UsageError, match="no items"):
         method(checkpoint, none)
     with pytest.raises(UsageError, match="batch_tokens"):
-        method(checkpoint, corpus, batch_tokens=0)
+        method(checkpoint, corpus, AblateSettings(batch_tokens=0))
 
 
 @pytest.mark.parametrize(("method", "least"), [(loo, 2), (taylor, LAYERS + 1)])
@@ -231,7 +233,8 @@ def test_no_room_is_refused_before_any_work(
     assert taylor_bytes(checkpoint, corpus) == (LAYERS + 1) * slab
     options: dict[str, Any] = {"memory_bytes": 0, "scratch": tmp_path}
     with pytest.raises(MissingError, match="no room for the hidden states"):
-        method(checkpoint, corpus, max_bytes=least * slab - 1, **options)
+        method(checkpoint, corpus, AblateSettings(max_bytes=least * slab - 1, **options))
     assert loads == []
-    method(checkpoint, corpus, max_bytes=least * slab, layers=[3] if method is loo else None, **options)
+    layers = (3,) if method is loo else None
+    method(checkpoint, corpus, AblateSettings(layers, max_bytes=least * slab, **options))
     assert os.listdir(tmp_path) == []

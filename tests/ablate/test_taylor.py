@@ -10,7 +10,7 @@ import pytest
 import torch
 from tests.ablate.plain import HEADS, LAYERS, head_widths, item_losses, layers_of, stock
 
-from gemcut.ablate import taylor
+from gemcut.ablate import AblateSettings, taylor
 from gemcut.checkpoint.read import open_checkpoint
 from gemcut.stream.corpus import Corpus
 from gemcut.stream.model import StreamedModel
@@ -58,7 +58,7 @@ def test_streamed_is_the_whole_model(
 def test_batches_change_nothing(
     folders: dict[str, Path], corpus: Corpus, found: dict[str, HeadImportance], kind: str
 ) -> None:
-    alone = taylor(open_checkpoint(folders[kind]), corpus, batch_tokens=1)
+    alone = taylor(open_checkpoint(folders[kind]), corpus, AblateSettings(batch_tokens=1))
     np.testing.assert_allclose(alone.values, found[kind].values, rtol=0, atol=1e-6)
 
 
@@ -80,7 +80,7 @@ def test_some_layers_are_rows_of_all_and_no_lower_layer_is_read_again(
     got = taylor(
         open_checkpoint(folders["moe"]),
         corpus,
-        layers=[3, 1],
+        AblateSettings(layers=(3, 1)),
         progress=lambda done, total, _: calls.append((done, total)),
     )
     assert (got.method, got.layers) == ("taylor", (1, 3))
@@ -90,6 +90,6 @@ def test_some_layers_are_rows_of_all_and_no_lower_layer_is_read_again(
 
 
 def test_sixteen_bits_are_near(folders: dict[str, Path], corpus: Corpus, found: dict[str, HeadImportance]) -> None:
-    got = taylor(open_checkpoint(folders["dense"]), corpus, dtype="bfloat16")
+    got = taylor(open_checkpoint(folders["dense"]), corpus, AblateSettings(dtype="bfloat16"))
     assert got.dtype == "bfloat16"
     assert np.corrcoef(got.values.ravel(), found["dense"].values.ravel())[0, 1] > 0.95

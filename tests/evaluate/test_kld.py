@@ -17,11 +17,12 @@ from transformers import AutoModelForCausalLM
 
 from gemcut.checkpoint.read import Checkpoint, open_checkpoint
 from gemcut.errors import CheckpointError, QualityError, UsageError
-from gemcut.evaluate.kld import kld, kld_chunks, perplexity
+from gemcut.evaluate.kld import KldSettings, kld, kld_chunks, perplexity
 from gemcut.records.results import kld_from_json, kld_to_json
 from gemcut.stream.corpus import Corpus, load_corpus
 from gemcut.types import Estimate, KldResult, KldRow
 
+FLOAT32 = KldSettings(dtype="float32")
 SIZES = {"code": (40, 9, 130, 40, 130, 40), "math": (9, 40, 9), "prose": (55,)}
 SHAPE = {"num_hidden_layers": 3, "layer_types": ["sliding_attention", "full_attention", "full_attention"]}
 
@@ -67,7 +68,7 @@ def plain(corpus: Corpus, checkpoints: dict[str, Checkpoint], progress: dict[str
     def note(done: int, total: int, label: str) -> None:
         progress[label] = (done, total)
 
-    return kld(checkpoints["base"], [checkpoints["cut"]], corpus, dtype="float32", progress=note)[0]
+    return kld(checkpoints["base"], [checkpoints["cut"]], corpus, FLOAT32, progress=note)[0]
 
 
 def changed(base: Path, out: Path, edit, **config: int) -> Path:
@@ -125,7 +126,7 @@ def by_class(result: KldResult) -> dict[str, KldRow]:
 def test_streamed_is_the_full_model(
     root: Path, corpus: Corpus, checkpoints: dict[str, Checkpoint], candidate: str
 ) -> None:
-    result = kld(checkpoints["base"], [checkpoints[candidate]], corpus, dtype="float32")[0]
+    result = kld(checkpoints["base"], [checkpoints[candidate]], corpus, FLOAT32)[0]
     wanted = direct(root, "base", candidate, corpus)
     assert [row.cls for row in result.rows] == ["code", "math", "prose", "all"]
     assert wanted["all"]["kl"].mean() > 0.01  # the comparison is about something
@@ -152,7 +153,7 @@ def test_equal_models_give_exactly_zero(
 ) -> None:
     shutil.copytree(root / "base", tmp_path / "twin")
     base = checkpoints["base"]
-    for result in kld(base, [base, open_checkpoint(tmp_path / "twin")], corpus, dtype=dtype):
+    for result in kld(base, [base, open_checkpoint(tmp_path / "twin")], corpus, KldSettings(dtype=dtype)):
         assert result.dtype == (dtype or "bfloat16")
         for row in result.rows:
             for estimate in (row.mean, row.median, row.p99, row.ln_ppl_ratio):
@@ -165,8 +166,8 @@ def test_candidates_share_the_base_and_do_not_touch_each_other(
     corpus: Corpus, checkpoints: dict[str, Checkpoint], plain: KldResult
 ) -> None:
     base, noisy, cut = (checkpoints[name] for name in ("base", "noisy", "cut"))
-    together = kld(base, [noisy, cut], corpus, dtype="float32")
-    assert together == [kld(base, [noisy], corpus, dtype="float32")[0], plain]
+    together = kld(base, [noisy, cut], corpus, FLOAT32)
+    assert together == [kld(base, [noisy], corpus, FLOAT32)[0], plain]
     assert [r.candidate for r in together] == ["noisy", "cut"]
     assert {r.base_fingerprint for r in together} == {base.fingerprint}
     assert together[1].candidate_fingerprint == cut.fingerprint
@@ -175,7 +176,7 @@ def test_candidates_share_the_base_and_do_not_touch_each_other(
 def test_another_architecture_of_the_same_vocabulary(
     root: Path, corpus: Corpus, checkpoints: dict[str, Checkpoint]
 ) -> None:
-    result = kld(checkpoints["base"], [checkpoints["dense"]], corpus, dtype="float32")[0]
+    result = kld(checkpoints["base"], [checkpoints["dense"]], corpus, FLOAT32)[0]
     wanted = direct(root, "base", "dense", corpus)["all"]["kl"].mean()
     assert by_class(result)["all"].mean.value == pytest.approx(wanted, abs=1e-6)
 
@@ -185,7 +186,7 @@ def test_batches_and_memory_do_not_change_the_figures(
 ) -> None:
     base, cut = checkpoints["base"], checkpoints["cut"]
     for options in ({"batch_tokens": 1}, {"batch_tokens": 100_000, "memory_bytes": 0}, {"memory_bytes": 300_000}):
-        other = kld(base, [cut], corpus, dtype="float32", scratch=tmp_path, **options)[0]
+        other = kld(base, [cut], corpus, KldSettings(dtype="float32", scratch=tmp_path, **options))[0]
         for a, b in zip(plain.rows, other.rows, strict=True):
             assert b.mean.value == pytest.approx(a.mean.value, abs=1e-7)
             assert b.p99.high == pytest.approx(a.p99.high, abs=1e-6)
@@ -197,7 +198,7 @@ def test_chunks_give_the_same_means_and_pair_the_candidates(
     corpus: Corpus, checkpoints: dict[str, Checkpoint], plain: KldResult
 ) -> None:
     candidates = [checkpoints["cut"], checkpoints["noisy"], checkpoints["cut"]]
-    found = kld_chunks(checkpoints["base"], candidates, corpus, dtype="float32")
+    found = kld_chunks(checkpoints["base"], candidates, corpus, FLOAT32)
     assert found.mean(0) == plain.rows[-1].mean
     assert int(found.tokens.sum()) == corpus.scored_tokens
     assert found.kl.shape == (3, len(corpus.items))
@@ -215,7 +216,7 @@ def test_chunks_are_items_or_runs_of_their_tokens(
     corpus: Corpus, checkpoints: dict[str, Checkpoint], plain: KldResult
 ) -> None:
     base, cut = checkpoints["base"], checkpoints["cut"]
-    runs = kld(base, [cut], corpus, dtype="float32", chunk_tokens=20)[0]
+    runs = kld(base, [cut], corpus, KldSettings(dtype="float32", chunk_tokens=20))[0]
     assert plain.chunks == len(corpus.items) == 10
     wanted = {cls: sum(-(-size // 20) for size in sizes) for cls, sizes in SIZES.items()}
     wanted["all"] = sum(wanted.values())
@@ -225,13 +226,13 @@ def test_chunks_are_items_or_runs_of_their_tokens(
         assert a.mean.value == pytest.approx(b.mean.value, rel=1e-12)
         assert a.tokens == b.tokens
     with pytest.raises(UsageError, match="chunk_tokens"):
-        kld(base, [cut], corpus, chunk_tokens=0)
+        kld(base, [cut], corpus, KldSettings(chunk_tokens=0))
 
 
 def test_the_seed_moves_only_the_intervals(
     corpus: Corpus, checkpoints: dict[str, Checkpoint], plain: KldResult
 ) -> None:
-    other = kld(checkpoints["base"], [checkpoints["cut"]], corpus, dtype="float32", seed=1)[0]
+    other = kld(checkpoints["base"], [checkpoints["cut"]], corpus, KldSettings(dtype="float32", seed=1))[0]
     first, second = by_class(plain)["all"], by_class(other)["all"]
     assert first.mean.value == second.mean.value
     assert (first.mean.low, first.mean.high) != (second.mean.low, second.mean.high)
@@ -241,7 +242,7 @@ def test_the_seed_moves_only_the_intervals(
 def test_perplexity_is_the_candidates_column(
     corpus: Corpus, checkpoints: dict[str, Checkpoint], plain: KldResult
 ) -> None:
-    alone = perplexity(checkpoints["cut"], corpus, dtype="float32")
+    alone = perplexity(checkpoints["cut"], corpus, FLOAT32)
     assert [row.cls for row in alone.rows] == ["code", "math", "prose", "all"]
     for row, other in zip(alone.rows, plain.rows, strict=True):
         assert row.ppl == pytest.approx(other.ppl_candidate, rel=1e-12)

@@ -11,17 +11,16 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 
 from gemcut.ablate.gates import Heads, heads_of, layer_count, silenced
-from gemcut.ablate.passage import Passage, Room, lay_out, loss_head, slab_bytes
+from gemcut.ablate.passage import Passage, lay_out, loss_head, room, slab_bytes
+from gemcut.ablate.settings import DEFAULTS, AblateSettings
 from gemcut.ablate.summary import summarise
 from gemcut.checkpoint.read import Checkpoint
 from gemcut.stream.corpus import Corpus
-from gemcut.stream.hidden import BATCH_TOKENS
 from gemcut.stream.model import StreamedModel
 from gemcut.types import HeadImportance
 
@@ -61,26 +60,16 @@ class _Variant:
         return self.heads.layer
 
 
-def loo_bytes(
-    checkpoint: Checkpoint,
-    corpus: Corpus,
-    *,
-    layers: Sequence[int] | None = None,
-    dtype: str | None = None,
-    batch_tokens: int = BATCH_TOKENS,
-    max_bytes: int | None = None,
-    memory_bytes: int | None = None,
-    scratch: Path | None = None,
-) -> LooSize:
+def loo_bytes(checkpoint: Checkpoint, corpus: Corpus, settings: AblateSettings = DEFAULTS) -> LooSize:
     """Bytes, rounds and work of `loo` with the same arguments; reads headers only.
 
     Raises:
         MissingError: not even one variant fits beside the unchanged model.
     """
-    passage = lay_out(checkpoint, corpus, batch_tokens)
-    size = slab_bytes(checkpoint, passage, dtype)
-    variants = _variants(heads_of(checkpoint, layers))
-    _, count = Room(memory_bytes, max_bytes, scratch).slabs(size, len(variants) + 1, least=2)
+    passage = lay_out(checkpoint, corpus, settings.batch_tokens)
+    size = slab_bytes(checkpoint, passage, settings.dtype)
+    variants = _variants(heads_of(checkpoint, settings.layers))
+    _, count = room(settings, size, len(variants) + 1, least=2)
     groups = _rounds(variants, count - 1)
     depth = layer_count(checkpoint)
     return LooSize(
@@ -97,14 +86,8 @@ def loo_bytes(
 def loo(
     checkpoint: Checkpoint,
     corpus: Corpus,
+    settings: AblateSettings = DEFAULTS,
     *,
-    layers: Sequence[int] | None = None,
-    device: str = "cpu",
-    dtype: str | None = None,
-    batch_tokens: int = BATCH_TOKENS,
-    max_bytes: int | None = None,
-    memory_bytes: int | None = None,
-    scratch: Path | None = None,
     progress: Progress | None = None,
 ) -> HeadImportance:
     """ΔNLL of leaving each head out: what the loss rises by when the head's output is zero.
@@ -117,11 +100,6 @@ def loo(
     are zero has exactly 0. Layers in `dtype`; final norm and head in float32, softmax and sums in float64.
 
     Args:
-        layers: whose heads; None: all.
-        dtype: of the layers; None: as the checkpoint is stored. 16-bit states move by more than many heads do.
-        max_bytes: of hidden states on disk; None: half of what is free. See `loo_bytes`.
-        memory_bytes: of hidden states in memory before any goes to disk; None: a quarter of what is free.
-        scratch: where the nameless files lie; None: the system's temporary folder.
         progress: called with (passes of the corpus through a layer, in all, label).
     Raises:
         UsageError: a layer that is not there; an empty corpus; a model that cannot be streamed.
@@ -131,17 +109,17 @@ def loo(
     Source:
         Michel, Levy and Neubig, "Are Sixteen Heads Really Better than One?", 2019 (§3.2).
     """
-    passage = lay_out(checkpoint, corpus, batch_tokens)
-    heads = heads_of(checkpoint, layers)
+    passage = lay_out(checkpoint, corpus, settings.batch_tokens)
+    heads = heads_of(checkpoint, settings.layers)
     variants = _variants(heads)
-    size = slab_bytes(checkpoint, passage, dtype)
-    slabs, count = Room(memory_bytes, max_bytes, scratch).slabs(size, len(variants) + 1, least=2)
+    size = slab_bytes(checkpoint, passage, settings.dtype)
+    slabs, count = room(settings, size, len(variants) + 1, least=2)
     groups = _rounds(variants, count - 1)
     if len(groups) > 1:
         log.info("%d heads in %d rounds of %d: the budget holds no more", len(variants), len(groups), count - 1)
     losses = np.zeros((len(corpus.items), len(heads), variants[0].heads.count))
     # the recording experts have eager's bits and need no kernel per shape in 16 bits
-    with StreamedModel.open(checkpoint, device=device, dtype=dtype, experts="recording") as model:
+    with StreamedModel.open(checkpoint, device=settings.device, dtype=settings.dtype, experts="recording") as model:
         made = [slabs.make(passage.positions, model.hidden_size, model.dtype) for _ in range(count)]
         run = _Run(model, passage, made[0], made[1:], progress, _passes(variants, model.n_layers))
         passage.embed(model, run.base)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
 
+from gemcut.ablate.settings import AblateSettings
 from gemcut.checkpoint.read import Checkpoint
 from gemcut.errors import CheckpointError, MissingError, QualityError, UsageError
 from gemcut.machine import available_bytes
@@ -173,35 +173,24 @@ def slab_bytes(checkpoint: Checkpoint, passage: Passage, dtype: str | None) -> i
     return passage.positions * hidden * compute.itemsize
 
 
-@dataclass(frozen=True, slots=True)
-class Room:
-    """Where slabs may lie: whole slabs in memory first, then in nameless files of `scratch`.
+def room(settings: AblateSettings, size_bytes: int, wanted: int, least: int) -> tuple[Slabs, int]:
+    """The maker of slabs, and how many of `wanted` there is room for: in memory first, then in nameless files.
 
-    memory_bytes: None: a quarter of what is free.   disk_bytes: None: half of what is free.
+    Raises:
+        MissingError: there is no room for `least`.
     """
-
-    memory_bytes: int | None = None
-    disk_bytes: int | None = None
-    scratch: Path | None = None
-
-    def slabs(self, size_bytes: int, wanted: int, least: int) -> tuple[Slabs, int]:
-        """The maker of slabs, and how many of `wanted` there is room for.
-
-        Raises:
-            MissingError: there is no room for `least`.
-        """
-        memory = available_bytes() // 4 if self.memory_bytes is None else self.memory_bytes
-        slabs = Slabs(memory, self.scratch)
-        disk = free_bytes(slabs.scratch) // 2 if self.disk_bytes is None else self.disk_bytes
-        count = memory // size_bytes + disk // size_bytes
-        if count < least:
-            raise MissingError(
-                "there is no room for the hidden states",
-                got=f"{memory} bytes of memory, {disk} bytes of disk",
-                wanted=f"{least * size_bytes} bytes: {least} states of the whole corpus",
-                hint="raise max_bytes, take fewer tokens (max_tokens), or fewer layers",
-            )
-        return slabs, min(count, wanted)
+    memory = available_bytes() // 4 if settings.memory_bytes is None else settings.memory_bytes
+    slabs = Slabs(memory, settings.scratch)
+    disk = free_bytes(slabs.scratch) // 2 if settings.max_bytes is None else settings.max_bytes
+    count = memory // size_bytes + disk // size_bytes
+    if count < least:
+        raise MissingError(
+            "there is no room for the hidden states",
+            got=f"{memory} bytes of memory, {disk} bytes of disk",
+            wanted=f"{least * size_bytes} bytes: {least} states of the whole corpus",
+            hint="raise max_bytes, take fewer tokens (max_tokens), or fewer layers",
+        )
+    return slabs, min(count, wanted)
 
 
 @contextlib.contextmanager

@@ -9,50 +9,37 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
 
 from gemcut.ablate.gates import Gate, Heads, gated, heads_of, layer_count
-from gemcut.ablate.passage import Passage, Room, lay_out, loss_head, slab_bytes
+from gemcut.ablate.passage import Passage, lay_out, loss_head, room, slab_bytes
+from gemcut.ablate.settings import DEFAULTS, AblateSettings
 from gemcut.ablate.summary import summarise
 from gemcut.checkpoint.read import Checkpoint
 from gemcut.errors import QualityError
 from gemcut.stream.corpus import Corpus
-from gemcut.stream.hidden import BATCH_TOKENS, Slabs
+from gemcut.stream.hidden import Slabs
 from gemcut.stream.model import StreamedModel
 from gemcut.types import F64, HeadImportance
 
 Progress = Callable[[int, int, str], None]
 
 
-def taylor_bytes(
-    checkpoint: Checkpoint,
-    corpus: Corpus,
-    *,
-    layers: Sequence[int] | None = None,
-    dtype: str | None = None,
-    batch_tokens: int = BATCH_TOKENS,
-) -> int:
+def taylor_bytes(checkpoint: Checkpoint, corpus: Corpus, settings: AblateSettings = DEFAULTS) -> int:
     """Hidden states that `taylor` keeps at once, in memory or on disk: one state of the corpus for each layer from the
     lowest on, and the gradient."""
-    size = slab_bytes(checkpoint, lay_out(checkpoint, corpus, batch_tokens), dtype)
-    return size * (layer_count(checkpoint) - min(heads_of(checkpoint, layers)) + 1)
+    size = slab_bytes(checkpoint, lay_out(checkpoint, corpus, settings.batch_tokens), settings.dtype)
+    return size * (layer_count(checkpoint) - min(heads_of(checkpoint, settings.layers)) + 1)
 
 
 def taylor(
     checkpoint: Checkpoint,
     corpus: Corpus,
+    settings: AblateSettings = DEFAULTS,
     *,
-    layers: Sequence[int] | None = None,
-    device: str = "cpu",
-    dtype: str | None = None,
-    batch_tokens: int = BATCH_TOKENS,
-    max_bytes: int | None = None,
-    memory_bytes: int | None = None,
-    scratch: Path | None = None,
     progress: Progress | None = None,
 ) -> HeadImportance:
     """First-order importance: the gradient of the loss with respect to a factor on each head's output.
@@ -66,11 +53,6 @@ def taylor(
     Layers from the lowest on are read twice, those below it once.
 
     Args:
-        layers: whose heads; None: all.
-        dtype: of the layers; None: as the checkpoint is stored.
-        max_bytes: of hidden states on disk; None: half of what is free. See `taylor_bytes`.
-        memory_bytes: of hidden states in memory before any goes to disk; None: a quarter of what is free.
-        scratch: where the nameless files lie; None: the system's temporary folder.
         progress: called with (layers forward and backward, in all, label).
     Raises:
         UsageError: a layer that is not there; an empty corpus; a model that cannot be streamed.
@@ -81,12 +63,12 @@ def taylor(
         Michel, Levy and Neubig, "Are Sixteen Heads Really Better than One?", 2019 (§4.1), without their per-layer
         normalisation.
     """
-    passage = lay_out(checkpoint, corpus, batch_tokens)
-    heads = heads_of(checkpoint, layers)
-    size = slab_bytes(checkpoint, passage, dtype)
-    needed = taylor_bytes(checkpoint, corpus, layers=layers, dtype=dtype, batch_tokens=batch_tokens) // size
-    slabs, _ = Room(memory_bytes, max_bytes, scratch).slabs(size, needed, least=needed)
-    with StreamedModel.open(checkpoint, device=device, dtype=dtype, experts="recording") as model:
+    passage = lay_out(checkpoint, corpus, settings.batch_tokens)
+    heads = heads_of(checkpoint, settings.layers)
+    size = slab_bytes(checkpoint, passage, settings.dtype)
+    needed = taylor_bytes(checkpoint, corpus, settings) // size
+    slabs, _ = room(settings, size, needed, least=needed)
+    with StreamedModel.open(checkpoint, device=settings.device, dtype=settings.dtype, experts="recording") as model:
         run = _Run(model, passage, heads, slabs, progress)
         top = run.forward()
         with loss_head(model) as head:

@@ -61,16 +61,28 @@ class PplResult:
 
 
 @dataclass(frozen=True, slots=True)
-class _Settings:
-    """How the models run; see `kld`."""
+class KldSettings:
+    """How the models run, and what the intervals are drawn from.
 
-    device: str
-    dtype: str | None
-    chunk_tokens: int | None
-    batch_tokens: int
-    memory_bytes: int | None
-    scratch: Path | None
-    progress: Progress | None
+    device: "cpu", "cuda", "cuda:1".
+    dtype: of the layers: "float32", "bfloat16", …; None or "auto": as the base is stored. Heads compute in float32.
+    seed, resamples: of the bootstrap.
+    chunk_tokens: what is resampled is a whole item (None), or runs of at most this many scored tokens of one.
+    batch_tokens: padded positions that go through a layer together.
+    memory_bytes: hidden states beyond this lie in a nameless file in `scratch`; None: a quarter of what is free.
+    """
+
+    device: str = "cpu"
+    dtype: str | None = None
+    seed: int = 0
+    resamples: int = RESAMPLES
+    chunk_tokens: int | None = None
+    batch_tokens: int = BATCH_TOKENS
+    memory_bytes: int | None = None
+    scratch: Path | None = None
+
+
+DEFAULTS = KldSettings()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -88,15 +100,8 @@ def kld(
     base: Checkpoint,
     candidates: Sequence[Checkpoint],
     corpus: Corpus,
+    settings: KldSettings = DEFAULTS,
     *,
-    device: str = "cpu",
-    dtype: str | None = None,
-    seed: int = 0,
-    resamples: int = RESAMPLES,
-    chunk_tokens: int | None = None,
-    batch_tokens: int = BATCH_TOKENS,
-    memory_bytes: int | None = None,
-    scratch: Path | None = None,
     progress: Progress | None = None,
 ) -> list[KldResult]:
     """KL(base ‖ candidate) in nats of each candidate, per class and over all, with chunk bootstrap intervals.
@@ -105,11 +110,6 @@ def kld(
     exactly 0 and same_top 1. See `kld_tile.compare` for the formulas; float64 from float32 logits.
 
     Args:
-        dtype: of the layers: "float32", "bfloat16", …; None or "auto": as the base is stored. Heads compute in float32.
-        seed, resamples: of the bootstrap.
-        chunk_tokens: what is resampled is a whole item (None), or runs of at most this many scored tokens of one.
-        batch_tokens: padded positions that go through a layer together.
-        memory_bytes: hidden states beyond this lie in a nameless file in `scratch`; None: a quarter of what is free.
         progress: called with (done, total, label): layers of each model, then tokens of the head.
     Returns:
         One result per candidate, in order; rows are the classes (alphabetical), then "all".
@@ -118,76 +118,51 @@ def kld(
         CheckpointError: another tokenizer or vocabulary than the base or the corpus.
         QualityError: a hidden state or a logit is not finite.
     """
-    if not candidates:
-        raise UsageError("no candidate to compare with the base", where=base.name)
-    settings = _Settings(device, dtype, chunk_tokens, batch_tokens, memory_bytes, scratch, progress)
-    measured = _measure([base, *candidates], corpus, settings)
+    measured = _compared(base, candidates, corpus, settings, progress)
     rows = _rows_of(corpus, measured)
-    results = []
-    for i, candidate in enumerate(candidates):
-        results.append(
-            KldResult(
-                base_fingerprint=base.fingerprint,
-                candidate_fingerprint=candidate.fingerprint,
-                candidate=candidate.name,
-                corpus_hash=corpus.hash,
-                template_hash=corpus.template_hash,
-                dtype=measured.dtype,
-                chunks=int(measured.chunk[-1]) + 1,
-                seed=seed,
-                rows=tuple(_kld_row(name, take, strata, measured, i, (seed, resamples)) for name, take, strata in rows),
-            )
+    draw = (settings.seed, settings.resamples)
+    return [
+        KldResult(
+            base_fingerprint=base.fingerprint,
+            candidate_fingerprint=candidate.fingerprint,
+            candidate=candidate.name,
+            corpus_hash=corpus.hash,
+            template_hash=corpus.template_hash,
+            dtype=measured.dtype,
+            chunks=int(measured.chunk[-1]) + 1,
+            seed=settings.seed,
+            rows=tuple(_kld_row(name, take, strata, measured, i, draw) for name, take, strata in rows),
         )
-    return results
+        for i, candidate in enumerate(candidates)
+    ]
 
 
 def kld_chunks(
     base: Checkpoint,
     candidates: Sequence[Checkpoint],
     corpus: Corpus,
+    settings: KldSettings = DEFAULTS,
     *,
-    device: str = "cpu",
-    dtype: str | None = None,
-    seed: int = 0,
-    resamples: int = RESAMPLES,
-    chunk_tokens: int | None = None,
-    batch_tokens: int = BATCH_TOKENS,
-    memory_bytes: int | None = None,
-    scratch: Path | None = None,
     progress: Progress | None = None,
 ) -> KldChunks:
     """KL of every chunk and candidate, for paired comparisons. Positions, arguments, errors as in `kld`."""
-    if not candidates:
-        raise UsageError("no candidate to compare with the base", where=base.name)
-    settings = _Settings(device, dtype, chunk_tokens, batch_tokens, memory_bytes, scratch, progress)
-    measured = _measure([base, *candidates], corpus, settings)
+    measured = _compared(base, candidates, corpus, settings, progress)
     _, _, strata = _rows_of(corpus, measured)[-1]
     tokens = np.bincount(measured.chunk).astype(np.int64)
     kl = np.stack([_sums(one, measured.chunk) for one in measured.kl])
-    return KldChunks(strata, tokens, kl, seed, resamples)
+    return KldChunks(strata, tokens, kl, settings.seed, settings.resamples)
 
 
 def perplexity(
-    model: Checkpoint,
-    corpus: Corpus,
-    *,
-    device: str = "cpu",
-    dtype: str | None = None,
-    seed: int = 0,
-    resamples: int = RESAMPLES,
-    chunk_tokens: int | None = None,
-    batch_tokens: int = BATCH_TOKENS,
-    memory_bytes: int | None = None,
-    scratch: Path | None = None,
-    progress: Progress | None = None,
+    model: Checkpoint, corpus: Corpus, settings: KldSettings = DEFAULTS, *, progress: Progress | None = None
 ) -> PplResult:
     """Perplexity per class and over all: exp(mean next-token loss). Positions, intervals, arguments as in `kld`."""
-    settings = _Settings(device, dtype, chunk_tokens, batch_tokens, memory_bytes, scratch, progress)
-    measured = _measure([model], corpus, settings)
+    measured = _measure([model], corpus, settings, progress)
     rows = []
     for name, take, strata in _rows_of(corpus, measured):
         chunk, tokens = _renumbered(measured.chunk[take])
-        loss = Bootstrap(strata, seed, resamples).ratio(_sums(measured.nll[0, take], chunk), tokens)
+        bootstrap = Bootstrap(strata, settings.seed, settings.resamples)
+        loss = bootstrap.ratio(_sums(measured.nll[0, take], chunk), tokens)
         rows.append(PplRow(name, int(tokens.sum()), loss, float(np.exp(loss.value))))
     return PplResult(
         fingerprint=model.fingerprint,
@@ -196,7 +171,7 @@ def perplexity(
         template_hash=corpus.template_hash,
         dtype=measured.dtype,
         chunks=int(measured.chunk[-1]) + 1,
-        seed=seed,
+        seed=settings.seed,
         rows=tuple(rows),
     )
 
@@ -204,7 +179,21 @@ def perplexity(
 # ---------------------------------------------------------------- running the models
 
 
-def _measure(models: Sequence[Checkpoint], corpus: Corpus, settings: _Settings) -> _Measured:
+def _compared(
+    base: Checkpoint,
+    candidates: Sequence[Checkpoint],
+    corpus: Corpus,
+    settings: KldSettings,
+    progress: Progress | None,
+) -> _Measured:
+    if not candidates:
+        raise UsageError("no candidate to compare with the base", where=base.name)
+    return _measure([base, *candidates], corpus, settings, progress)
+
+
+def _measure(
+    models: Sequence[Checkpoint], corpus: Corpus, settings: KldSettings, progress: Progress | None
+) -> _Measured:
     if ALL in corpus.classes:
         raise UsageError(f"a class may not be named {ALL!r}: that row pools the classes", where="corpus")
     if settings.chunk_tokens is not None and settings.chunk_tokens < 1:
@@ -225,11 +214,11 @@ def _measure(models: Sequence[Checkpoint], corpus: Corpus, settings: _Settings) 
                     corpus.items,
                     slabs,
                     batch_tokens=settings.batch_tokens,
-                    progress=settings.progress,
+                    progress=progress,
                     label=f"{role}: {checkpoint.name}",
                 )
             )
-    nll, kl, same = _heads(models, hidden, corpus, settings)
+    nll, kl, same = _heads(models, hidden, corpus, settings.device, progress)
     return _Measured(dtype or "", _chunks(corpus, settings.chunk_tokens), nll, kl, same)
 
 
@@ -263,7 +252,8 @@ def _heads(
     models: Sequence[Checkpoint],
     hidden: Sequence[torch.Tensor],
     corpus: Corpus,
-    settings: _Settings,
+    device: str,
+    progress: Progress | None,
 ) -> tuple[F64, F64, np.ndarray[tuple[int, int], np.dtype[np.bool_]]]:
     """Final norm, head and soft cap of every model in float32, a tile of positions at a time, all models together."""
     target = torch.from_numpy(np.concatenate([row.ids[1:] for row in corpus.items]))
@@ -277,7 +267,7 @@ def _heads(
         for model in models:
             key = _head_identity(model)
             if key not in shared:  # a candidate with the base's own head needs no second copy of it
-                opened = StreamedModel.open(model, device=settings.device, dtype="float32")
+                opened = StreamedModel.open(model, device=device, dtype="float32")
                 shared[key] = stack.enter_context(opened)
             heads.append(shared[key])
         for start in range(0, total, step):
@@ -292,8 +282,8 @@ def _heads(
             nll[:, start:stop] = done.nll.cpu().numpy()
             kl[:, start:stop] = done.kl.cpu().numpy()
             same[:, start:stop] = done.same.cpu().numpy()
-            if settings.progress is not None:
-                settings.progress(stop, total, "head, tokens")
+            if progress is not None:
+                progress(stop, total, "head, tokens")
     return nll, kl, same
 
 
