@@ -92,8 +92,11 @@ def need_disk(path: Path, size_bytes: int) -> None:
 
 
 @contextlib.contextmanager
-def atomic_file(path: Path, mode: str = "wb") -> Iterator[IO[bytes]]:
-    """Write to `path.partial`, fsync, rename over `path`, fsync the folder. An error leaves `path` as it was."""
+def atomic_file(path: Path, mode: str = "wb", *, keep_partial: bool = False) -> Iterator[IO[bytes]]:
+    """Write to `path.partial`, fsync, rename over `path`, fsync the folder. An error leaves `path` as it was.
+
+    `keep_partial`: an error leaves the partial file too, for work that resumes ("r+b" opens what is there).
+    """
     partial = path.with_name(path.name + PARTIAL)
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -105,7 +108,8 @@ def atomic_file(path: Path, mode: str = "wb") -> Iterator[IO[bytes]]:
             os.replace(partial, path)
             fsync_folder(path.parent)
         except BaseException:
-            partial.unlink(missing_ok=True)
+            if not keep_partial:
+                partial.unlink(missing_ok=True)
             raise
 
 
