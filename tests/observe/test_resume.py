@@ -19,26 +19,11 @@ from gemcut.errors import UsageError
 from gemcut.observe.run import observe
 from gemcut.observe.settings import ObserveSettings
 from gemcut.stream.corpus import Corpus
+from stopping import Stop, contents, stop_at
 
 Tiny = Callable[[str], Checkpoint]
 SETTINGS = ObserveSettings(dtype="float32", batch_tokens=64)
 KILLS = 50
-
-
-class Stop(Exception):
-    pass
-
-
-def stop_at(label: str) -> Callable[[int, int, str], None]:
-    def progress(done: int, total: int, said: str) -> None:
-        if said == label:
-            raise Stop
-
-    return progress
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {p.name: p.read_bytes() for p in sorted(folder.iterdir())}
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +26,7 @@ from gemcut.surgery.heal.states import Layout
 from gemcut.surgery.heal.stored import heal_stored
 from gemcut.surgery.heal.stream import heal
 from gemcut.types import LayerPlan, Plan, Replace, Take
+from stopping import Stop, stop_at
 from tiny import make_tiny
 
 SETTINGS = HealSettings(dtype="float32", batch_tokens=256)
@@ -217,18 +217,6 @@ def test_later_layers_are_fitted_behind_healed_ones(base: Checkpoint, corpus: Co
     dense, small = dense * root, small * root
     cosine = float((dense * small).sum() / (dense.norm() * small.norm()))
     assert second.held_out_before == pytest.approx((1 - cosine**2) ** 0.5, rel=1e-3)
-
-
-class Stop(Exception):
-    pass
-
-
-def stop_at(label: str) -> Callable[[int, int, str], None]:
-    def progress(done: int, total: int, said: str) -> None:
-        if said == label:
-            raise Stop
-
-    return progress
 
 
 @pytest.mark.parametrize("label", ["layer 1", "layer 4"])

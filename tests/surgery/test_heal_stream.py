@@ -8,7 +8,6 @@ import random
 import shutil
 import signal
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -29,26 +28,11 @@ from gemcut.surgery.heal.solve import Moments, refit
 from gemcut.surgery.heal.stored import heal_stored
 from gemcut.surgery.heal.stream import heal
 from gemcut.types import Plan
+from stopping import Stop, contents, stop_at
 from tiny import make_tiny
 
 DROP = {0: (1,), 1: (0, 3), 2: (2,), 4: (1,), 5: (3,)}  # layer 3 stays whole; layer 5 is a full-attention layer
 SETTINGS = HealSettings(dtype="float32", batch_tokens=256)
-
-
-class Stop(Exception):
-    pass
-
-
-def stop_at(label: str) -> Callable[[int, int, str], None]:
-    def progress(done: int, total: int, said: str) -> None:
-        if said == label:
-            raise Stop
-
-    return progress
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {p.name: p.read_bytes() for p in sorted(folder.iterdir())}
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -15,18 +14,19 @@ from safetensors.torch import save_file
 
 from gemcut import __version__
 from gemcut.checkpoint.read import Checkpoint
-from gemcut.errors import CheckpointError, UsageError
+from gemcut.errors import CheckpointError
 from gemcut.observe.settings import ObserveSettings
+from gemcut.records.fields import Fields
 from gemcut.records.statistics import STATISTICS_FILE, STATISTICS_SCHEMA, LayerFile
-from gemcut.store import PARTIAL, disk_errors, fsync_folder, read_json, sha256_file, write_json
+from gemcut.store import PARTIAL, disk_errors, fsync_folder, read_json, sha256_file
 from gemcut.stream.corpus import Corpus
 from gemcut.stream.model import stored_dtype
+from gemcut.stream.resume import LayerWork
 from gemcut.stream.weights import DTYPE_NAMES
 from gemcut.types import Json, Question, StatisticsMeta
 
 REQUEST_FILE = "observation.json"
-PROGRESS_FILE = "progress.json"
-_FORCE = "choose another -o, or pass --force to observe again"
+WORK = LayerWork("observation", "observe", "model, corpus or settings")
 
 
 def request_of(checkpoint: Checkpoint, corpus: Corpus, settings: ObserveSettings) -> dict[str, Json]:
@@ -69,20 +69,13 @@ def finished(out: Path, digest: str, *, force: bool) -> bool:
     Raises:
         UsageError: it is something else, and not `force`.
     """
-    if force or not out.exists():
-        return False
+    return WORK.finished(out, digest, _fingerprint_of, force=force)
+
+
+def _fingerprint_of(out: Path) -> str | None:
     if not (out / STATISTICS_FILE).is_file() or not (out / REQUEST_FILE).is_file():
-        raise UsageError("the output exists and is no observation", where=str(out), hint=_FORCE)
-    found = read_json(out / REQUEST_FILE, "observation").get("fingerprint")
-    if found != digest:
-        raise UsageError(
-            "the output holds an observation of another model, corpus or settings",
-            where=str(out),
-            got=f"{str(found)[:12]}…",
-            wanted=f"{digest[:12]}…",
-            hint=_FORCE,
-        )
-    return True
+        return None
+    return str(read_json(out / REQUEST_FILE, "observation").get("fingerprint"))
 
 
 @dataclass
@@ -96,7 +89,7 @@ class Finished:
     def save(self, folder: Path, digest: str) -> None:
         """Make it known, atomically."""
         layers: list[Json] = [{"layer": f.layer, "file": f.file, "sha256": f.sha256} for f in self.layers]
-        write_json(folder / PROGRESS_FILE, {"fingerprint": digest, "layers": layers, "aliases": dict(self.aliases)})
+        WORK.save(folder, digest, {"layers": layers, "aliases": dict(self.aliases)})
 
 
 def left_behind(folder: Path, digest: str, *, force: bool) -> Finished:
@@ -105,40 +98,24 @@ def left_behind(folder: Path, digest: str, *, force: bool) -> Finished:
     Raises:
         UsageError: an unfinished pass of another fingerprint lies there, and not `force`.
     """
-    if not folder.exists():
-        return Finished()
-    path = folder / PROGRESS_FILE
-    if force or not path.is_file():
-        shutil.rmtree(folder)
-        return Finished()
-    try:
-        body = read_json(path, "progress")
-        found, layers, aliases = body["fingerprint"], body["layers"], body["aliases"]
-        if found != digest:
-            raise UsageError(
-                "an unfinished observation of another model, corpus or settings lies in the way",
-                where=str(folder),
-                got=f"{str(found)[:12]}…",
-                wanted=f"{digest[:12]}…",
-                hint=_FORCE,
-            )
-        assert isinstance(layers, list)
-        assert isinstance(aliases, dict)
-        files = [_layer_file(entry) for entry in layers]
-        if [f.layer for f in files] != list(range(len(files))) or not all((folder / f.file).is_file() for f in files):
-            raise KeyError("layers")
-        return Finished(files, {str(k): str(v) for k, v in aliases.items()}, embedded=True)
-    except (KeyError, AssertionError, CheckpointError):
-        shutil.rmtree(folder)
-        return Finished()
+
+    def read(f: Fields) -> Finished:
+        layers, aliases = f.children("layers", _layer_file), f.child("aliases")
+        if [one.layer for one in layers] != list(range(len(layers))):
+            f.refuse("layers", [one.layer for one in layers], "every layer from the first, in order")
+        for one in layers:
+            if not (folder / one.file).is_file():
+                raise CheckpointError("a layer's statistics are gone", where=one.file)
+        return Finished(list(layers), {name: aliases.text(name) for name in aliases.names()}, embedded=True)
+
+    return WORK.left_behind(folder, digest, read, force=force) or Finished()
 
 
-def _layer_file(entry: Json) -> LayerFile:
-    assert isinstance(entry, dict)
-    layer, file, digest = entry["layer"], entry["file"], entry["sha256"]
-    assert isinstance(layer, int)
-    assert file == layer_name(layer)
-    return LayerFile(layer=layer, file=layer_name(layer), sha256=str(digest))
+def _layer_file(f: Fields) -> LayerFile:
+    one = LayerFile(layer=f.count("layer"), file=f.file_name("file"), sha256=f.digest("sha256"))
+    if one.file != layer_name(one.layer):
+        f.refuse("file", one.file, layer_name(one.layer))
+    return one
 
 
 def layer_name(layer: int) -> str:

@@ -116,7 +116,7 @@ class _Pass:
             hidden_path(self.folder, i).unlink(missing_ok=True)
 
     def _embed(self) -> None:
-        writer = HiddenWriter(hidden_path(self.folder, 0), self.model.hidden_size, self.model.dtype)
+        writer = HiddenWriter(hidden_path(self.folder, 0))
         try:
             for batch in self.layout.batches:
                 writer.write(batch, self.model.embed(self.layout.ids(batch)))
@@ -128,7 +128,7 @@ class _Pass:
         """The whole corpus through one layer; its output is on disk and its weights are freed on return."""
         model, last = self.model, i + 1 == self.model.n_layers
         reader = HiddenReader(hidden_path(self.folder, i), self.layout.tokens, model.hidden_size, model.dtype)
-        writer = None if last else HiddenWriter(hidden_path(self.folder, i + 1), model.hidden_size, model.dtype)
+        writer = None if last else HiddenWriter(hidden_path(self.folder, i + 1))
         eps = float(model.config.rms_norm_eps)
         tokens = i * self.layout.tokens
         try:

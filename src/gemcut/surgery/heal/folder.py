@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import cast
 
 import torch
 from blake3 import blake3
@@ -15,14 +13,14 @@ from safetensors.torch import save
 
 from gemcut import __version__
 from gemcut.checkpoint.read import Checkpoint
-from gemcut.errors import CheckpointError, UsageError
+from gemcut.errors import CheckpointError
 from gemcut.records.fields import Fields, to_json
 from gemcut.records.heal import HEAL_FILE, LayerHeal, load_heal, read_layer_heal
-from gemcut.store import fingerprint, read_json, write_bytes, write_json
+from gemcut.store import fingerprint, write_bytes
+from gemcut.stream.resume import LayerWork
 from gemcut.types import Json, Plan
 
-PROGRESS_FILE = "progress.json"
-_FORCE = "choose another -o, or pass --force to heal again"
+WORK = LayerWork("heal", "heal", "model, plan, corpus or settings")
 
 
 def plan_fingerprint(plan: Plan) -> str:
@@ -57,20 +55,11 @@ def finished(out: Path, digest: str, *, force: bool) -> bool:
     Raises:
         UsageError: it is something else, and not `force`.
     """
-    if force or not out.exists():
-        return False
-    if not (out / HEAL_FILE).is_file():
-        raise UsageError("the output exists and is no heal", where=str(out), hint=_FORCE)
-    found = load_heal(out / HEAL_FILE).fingerprint
-    if found != digest:
-        raise UsageError(
-            "the output holds a heal of another model, plan, corpus or settings",
-            where=str(out),
-            got=f"{found[:12]}…",
-            wanted=f"{digest[:12]}…",
-            hint=_FORCE,
-        )
-    return True
+    return WORK.finished(out, digest, _fingerprint_of, force=force)
+
+
+def _fingerprint_of(out: Path) -> str | None:
+    return load_heal(out / HEAL_FILE).fingerprint if (out / HEAL_FILE).is_file() else None
 
 
 @dataclass
@@ -83,8 +72,7 @@ class Finished:
 
     def save(self, folder: Path, digest: str) -> None:
         """Make it known, atomically."""
-        layers = cast("list[Json]", to_json(self.layers))
-        write_json(folder / PROGRESS_FILE, {"fingerprint": digest, "next_layer": self.next_layer, "layers": layers})
+        WORK.save(folder, digest, {"next_layer": self.next_layer, "layers": to_json(self.layers)})
 
 
 def left_behind(folder: Path, digest: str, *, force: bool) -> Finished:
@@ -93,31 +81,15 @@ def left_behind(folder: Path, digest: str, *, force: bool) -> Finished:
     Raises:
         UsageError: an unfinished heal of another fingerprint lies there, and not `force`.
     """
-    if not folder.exists():
-        return Finished()
-    path = folder / PROGRESS_FILE
-    if force or not path.is_file():
-        shutil.rmtree(folder)
-        return Finished()
-    try:
-        f = Fields(read_json(path, "progress"), path)
-        found = f.digest("fingerprint")
+
+    def read(f: Fields) -> Finished:
         done = Finished(f.count("next_layer"), list(f.children("layers", read_layer_heal)), embedded=True)
         for one in done.layers:
             if one.file is not None and not (folder / one.file).is_file():
                 raise CheckpointError("a healed tensor is gone", where=one.file)
-    except CheckpointError:
-        shutil.rmtree(folder)
-        return Finished()
-    if found != digest:
-        raise UsageError(
-            "an unfinished heal of another model, plan, corpus or settings lies in the way",
-            where=str(folder),
-            got=f"{found[:12]}…",
-            wanted=f"{digest[:12]}…",
-            hint=_FORCE,
-        )
-    return done
+        return done
+
+    return WORK.left_behind(folder, digest, read, force=force) or Finished()
 
 
 def save_healed(folder: Path, layer: int, name: str, weight: torch.Tensor) -> tuple[str, str]:

@@ -1,11 +1,7 @@
-"""Hidden states of one stream between two layers: a file that a killed heal resumes from.
-
-Plain reads and writes, not a mapping: the page cache keeps what fits, and no page counts as the process's memory.
-"""
+"""Hidden states of one stream between two layers: a file that a killed heal resumes from."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from gemcut.errors import CheckpointError, UsageError
-from gemcut.store import PARTIAL, disk_errors, fsync_folder
+from gemcut.errors import UsageError
 from gemcut.stream.corpus import Row
 from gemcut.stream.hidden import Batch, make_batches, padded_ids
+from gemcut.stream.state_file import StateReader, StateWriter
 from gemcut.types import I64
 
 
@@ -86,63 +82,28 @@ def states_bytes(layout: Layout, hidden: int, dtype: torch.dtype) -> int:
     return layout.positions * hidden * dtype.itemsize
 
 
-class StatesReader:
+class StatesReader(StateReader):
     """Reads batches of one stream at one boundary."""
 
     def __init__(self, path: Path, layout: Layout, hidden: int, dtype: torch.dtype) -> None:
-        self._path, self._layout, self._hidden, self._dtype = path, layout, hidden, dtype
-        self._fd = os.open(path, os.O_RDONLY)
+        super().__init__(path)
+        self._layout, self._hidden, self._dtype = layout, hidden, dtype
 
     def read(self, k: int) -> torch.Tensor:
         """[B, S, H] on the CPU."""
         batch = self._layout.batches[k]
         out = torch.empty((len(batch.rows), batch.length, self._hidden), dtype=self._dtype)
-        view, done = _bytes_of(out), 0
-        at = self._layout.starts[k] * self._hidden * self._dtype.itemsize
-        while done < len(view):
-            n = os.preadv(self._fd, [view[done:]], at + done)
-            if n == 0:
-                raise CheckpointError("the hidden states ended early", where=self._path.name)
-            done += n
+        self.fill(out, self._layout.starts[k] * self._hidden * self._dtype.itemsize)
         return out
 
-    def close(self) -> None:
-        os.close(self._fd)
 
-
-class StatesWriter:
-    """Writes batches of one stream at one boundary; the file gets its name when all are in."""
+class StatesWriter(StateWriter):
+    """Writes batches of one stream at one boundary."""
 
     def __init__(self, path: Path, layout: Layout) -> None:
-        self._path, self._layout = path, layout
-        self._partial = path.with_name(path.name + PARTIAL)
-        with disk_errors(path):
-            self._fd = os.open(self._partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        super().__init__(path)
+        self._layout = layout
 
     def write(self, k: int, hidden: torch.Tensor) -> None:
         """hidden [B, S, H]."""
-        hidden = hidden.cpu().contiguous()
-        view, done = _bytes_of(hidden), 0
-        at = self._layout.starts[k] * hidden.shape[-1] * hidden.dtype.itemsize
-        with disk_errors(self._path):
-            while done < len(view):
-                done += os.pwrite(self._fd, view[done:], at + done)
-
-    def commit(self) -> None:
-        """Make the file durable under its name."""
-        with disk_errors(self._path):
-            os.fsync(self._fd)
-            os.close(self._fd)
-            self._fd = -1
-            os.replace(self._partial, self._path)
-            fsync_folder(self._path.parent)
-
-    def close(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
-
-
-def _bytes_of(tensor: torch.Tensor) -> memoryview:
-    view: memoryview = tensor.reshape(-1).view(torch.uint8).numpy().data
-    return view
+        self.put(hidden.cpu(), self._layout.starts[k] * hidden.shape[-1] * hidden.dtype.itemsize)
