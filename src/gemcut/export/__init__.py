@@ -1,0 +1,1 @@
+"""GGUF files out of a checkpoint: which types, how large, written how."""
