@@ -1,0 +1,27 @@
+"""Importance matrices: from the statistics of a pass, from llama.cpp's files, merged, judged by the real quantisers."""
+
+from gemcut.export.imatrix.entries import Entry, Imatrix, Variant, fit, missing_entries, wants_importance
+from gemcut.export.imatrix.file import read_imatrix, write_imatrix
+from gemcut.export.imatrix.merge import merge
+from gemcut.export.imatrix.starved import PRIOR_TOKENS, Coverage, TensorCoverage, coverage, gate
+from gemcut.export.imatrix.statistics import from_statistics
+from gemcut.export.imatrix.variants import FORMULAS
+
+__all__ = [
+    "FORMULAS",
+    "PRIOR_TOKENS",
+    "Coverage",
+    "Entry",
+    "Imatrix",
+    "TensorCoverage",
+    "Variant",
+    "coverage",
+    "fit",
+    "from_statistics",
+    "gate",
+    "merge",
+    "missing_entries",
+    "read_imatrix",
+    "wants_importance",
+    "write_imatrix",
+]
