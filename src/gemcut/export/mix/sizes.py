@@ -9,8 +9,8 @@ from math import prod
 
 from gemcut.families.gguf import GgufLayout, GgufTensor
 from gemcut.ggml.types import GgmlType, tensor_bytes
+from gemcut.gguf_file.header import ALIGNMENT
 
-ALIGNMENT = 32  # every tensor's data is padded to this, the last one's too
 _BLOCK = re.compile(r"^blk\.\d+\.")
 
 
