@@ -255,10 +255,15 @@ def gguf_writer(path: Path, layout: Layout, *, keep_partial: bool = False) -> It
         partial.touch()
     with atomic_file(path, "r+b", keep_partial=keep_partial) as f:
         fd = f.fileno()
-        _pwrite_all(fd, bytes(min(layout.data_start, os.fstat(fd).st_size)), 0)
-        os.ftruncate(fd, layout.size_bytes)
-        if hasattr(os, "posix_fallocate") and layout.size_bytes:
-            os.posix_fallocate(fd, 0, layout.size_bytes)
+        held = os.fstat(fd).st_size
+        _pwrite_all(fd, bytes(min(layout.data_start, held)), 0)
+        try:
+            os.ftruncate(fd, layout.size_bytes)
+            if hasattr(os, "posix_fallocate") and layout.size_bytes:
+                os.posix_fallocate(fd, 0, layout.size_bytes)
+        except OSError:
+            os.ftruncate(fd, min(held, layout.size_bytes))  # what cannot be finished shall not fill the disk
+            raise
         writer = GgufWriter(fd, layout)
         yield writer
         writer.finish(partial)
