@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
 import time
@@ -14,6 +15,9 @@ import psutil
 
 _STACK = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "huggingface_hub")
 _PROBE_BYTES = 64 << 20
+_LOOK_SECONDS = 0.3
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +64,22 @@ def total_bytes() -> int:
 def cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def free_cores() -> int:
+    """Cores that nobody else uses right now, at least 1; OMP_NUM_THREADS, where it is set, is the answer.
+
+    Threads of one operation wait for each other by spinning, so that one thread too many on a busy machine costs far
+    more than it brings. Looks for a third of a second.
+    """
+    told = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
+    if told.isdecimal() and int(told) > 0:
+        return int(told)
+    busy = psutil.cpu_percent(interval=_LOOK_SECONDS, percpu=True)  # this process sleeps meanwhile
+    free = max(1, min(cores(), round(cores() - sum(busy) / 100)))
+    if free < cores():
+        log.info("the machine is loaded: %d of %d cores are used", free, cores())
+    return free
 
 
 def load() -> float:

@@ -221,7 +221,8 @@ def _open(path: Path, *, from_wheel: bool) -> Library:
     try:
         dll = ctypes.CDLL(str(path))
     except OSError as e:
-        raise ToolError("the llama.cpp library does not load", where=path.name, got=e) from e
+        hint = "install what it links with, such as libgomp1"
+        raise ToolError("the llama.cpp library does not load", where=path.name, got=e, hint=hint) from e
     for name, (result, arguments) in FUNCTIONS.items():
         try:
             function = getattr(dll, name)
