@@ -86,13 +86,16 @@ def full_config(kind: Kind, dtype: str = "bfloat16", **overrides: Any) -> dict[s
     }  # fmt: skip
 
 
-def make_tokenizer(folder: Path) -> None:
-    """A byte-level stand-in in Gemma's style: ▁ for spaces, byte fallback, Gemma 4's turn and channel markers."""
+def make_tokenizer(folder: Path, size: int = VOCABULARY) -> None:
+    """A byte-level stand-in in Gemma's style: ▁ for spaces, byte fallback, Gemma 4's turn and channel markers; tokens
+    that no text gives fill it up to `size`."""
     vocabulary = {token: i for i, token in enumerate(SPECIALS)}
     for byte in range(256):
         vocabulary[f"<0x{byte:02X}>"] = len(vocabulary)
     for letter in "▁etaoinshrdlu":
         vocabulary[letter] = len(vocabulary)
+    for unused in range(size - len(vocabulary)):
+        vocabulary[f"<unused{unused}>"] = len(vocabulary)
     added = [
         {"id": i, "content": t, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
          "special": True}
@@ -173,7 +176,99 @@ def make_tiny(
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 6], "temperature": 1.0}) + "\n")
-    make_tokenizer(folder)
+    make_tokenizer(folder, inner_size(config))
+    return folder
+
+
+def inner_size(config: dict[str, Any]) -> int:
+    """Rows of the embedding."""
+    return int(config.get("text_config", config)["vocab_size"])
+
+
+VISION: dict[str, Any] = {
+    "model_type": "gemma4_vision",
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "patch_size": 4,
+    "pooling_kernel_size": 3,
+    "position_embedding_size": 64,
+    "standardize": True,
+    "use_clipped_linears": True,
+}
+
+
+def add_vision(folder: Path, seed: int = 1, **overrides: Any) -> Path:
+    """Give a checkpoint of the wrapper kind, in one or more shards, a random vision tower in a shard of its own."""
+    import torch
+    from safetensors.torch import load_file, save_file
+    from transformers import Gemma4Config, Gemma4ForConditionalGeneration, Gemma4TextConfig, Gemma4VisionConfig
+
+    config = json.loads((folder / "config.json").read_text())
+    config["vision_config"] = {**VISION, **overrides}
+    text = {k: v for k, v in config["text_config"].items() if k != "dtype"}
+    plain = {k: v for k, v in config.items() if k not in ("architectures", "dtype", "text_config", "vision_config")}
+    torch.manual_seed(seed)
+    model = Gemma4ForConditionalGeneration(
+        Gemma4Config(
+            text_config=Gemma4TextConfig(**text), vision_config=Gemma4VisionConfig(**config["vision_config"]), **plain
+        )
+    )
+    generator = torch.Generator().manual_seed(seed)
+    tower = {}
+    for name, tensor in model.state_dict().items():
+        if "vision" in name:
+            noise = 0.1 * torch.randn(tensor.shape, generator=generator)
+            tower[name] = (tensor.detach().float() + noise).to(torch.bfloat16).contiguous()
+    index_file = folder / "model.safetensors.index.json"
+    if index_file.exists():
+        index = json.loads(index_file.read_text())
+    else:
+        (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+        index = {"weight_map": dict.fromkeys(load_file(folder / "model-00001-of-00001.safetensors"),
+                                             "model-00001-of-00001.safetensors")}  # fmt: skip
+    save_file(tower, folder / "model-vision.safetensors", metadata={"format": "pt"})
+    index["weight_map"].update(dict.fromkeys(tower, "model-vision.safetensors"))
+    index_file.write_text(json.dumps(index))
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    picture = {"image_mean": [0.0, 0.1, 0.0], "image_std": [1.0, 1.0, 0.9], "patch_size": 4}
+    (folder / "processor_config.json").write_text(json.dumps({"image_processor": picture}))
+    return folder
+
+
+def make_drafter(folder: Path, *, backbone: int = 64, seed: int = 2, **overrides: Any) -> Path:
+    """Write a random tiny drafter for a trunk of `backbone` hidden values."""
+    import torch
+    from safetensors.torch import save_file
+    from transformers import Gemma4AssistantConfig, Gemma4AssistantForCausalLM, Gemma4TextConfig
+
+    folder.mkdir(parents=True, exist_ok=True)
+    own: dict[str, Any] = {
+        "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_kv_shared_layers": 4,
+        "layer_types": ["sliding_attention"] * 3 + ["full_attention"], "vocab_size_per_layer_input": 0,
+    }  # fmt: skip
+    text = text_config("dense", **{**own, **overrides})
+    config = {"architectures": ["Gemma4AssistantForCausalLM"], "model_type": "gemma4_assistant", "dtype": "bfloat16",
+              "text_config": text, "backbone_hidden_size": backbone, "use_ordered_embeddings": False,
+              "tie_word_embeddings": True}  # fmt: skip
+    torch.manual_seed(seed)
+    model = Gemma4AssistantForCausalLM(
+        Gemma4AssistantConfig(
+            text_config=Gemma4TextConfig(**text), backbone_hidden_size=backbone, use_ordered_embeddings=False
+        )
+    )
+    generator = torch.Generator().manual_seed(seed)
+    state = {}
+    for name, tensor in model.state_dict().items():
+        if name != "lm_head.weight":
+            noise = 0.1 * torch.randn(tensor.shape, generator=generator) if tensor.ndim <= 1 else 0.0
+            state[name] = (tensor.detach().float() + noise).to(torch.bfloat16).contiguous()
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    make_tokenizer(folder, text["vocab_size"])
     return folder
 
 

@@ -7,15 +7,19 @@ from collections.abc import Mapping
 
 from gemcut.errors import UsageError
 from gemcut.families.base import Family
+from gemcut.families.gguf import GgufLayout
 from gemcut.types import Json
 
-__all__ = ["ARCHITECTURES", "Family", "family_names", "family_of"]
+__all__ = ["ARCHITECTURES", "DRAFTERS", "Family", "family_names", "family_of", "gguf_layout", "gguf_vision_layout"]
 
 # `architectures[0]` of config.json → module of this package that has the FAMILY
 ARCHITECTURES: Mapping[str, str] = {
     "Gemma4ForConditionalGeneration": "gemma4",
     "Gemma4ForCausalLM": "gemma4",
 }
+
+# the same for drafters, which nothing cuts: module of this package with `drafter(config, shapes)`
+DRAFTERS: Mapping[str, str] = {"Gemma4AssistantForCausalLM": "gemma4_assistant_gguf"}
 
 
 def family_names() -> tuple[str, ...]:
@@ -43,3 +47,26 @@ def family_of(config: Mapping[str, Json]) -> Family:
     family = importlib.import_module(f"gemcut.families.{module}").FAMILY
     assert isinstance(family, Family)
     return family
+
+
+def gguf_layout(config: Mapping[str, Json], shapes: Mapping[str, tuple[int, ...]]) -> GgufLayout:
+    """What the GGUF file of a trunk or of a drafter holds; `shapes` of all tensors in the order of the file.
+
+    Raises:
+        UsageError: nobody knows this architecture, or it has a part that cannot be written.
+        CheckpointError: config and shapes disagree.
+    """
+    architectures = config.get("architectures")
+    module = DRAFTERS.get(str(architectures[0])) if isinstance(architectures, list) and architectures else None
+    if module is None:
+        return family_of(config).gguf(config, shapes)
+    layout = importlib.import_module(f"gemcut.families.{module}").drafter(config, shapes)
+    assert isinstance(layout, GgufLayout)
+    return layout
+
+
+def gguf_vision_layout(
+    config: Mapping[str, Json], shapes: Mapping[str, tuple[int, ...]], preprocessor: Mapping[str, Json]
+) -> GgufLayout:
+    """What the mmproj file of a checkpoint holds. Raises as `gguf_layout` does, and where there is no vision tower."""
+    return family_of(config).gguf_vision(config, shapes, preprocessor)

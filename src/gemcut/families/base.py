@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
+from gemcut.families.gguf import GgufLayout
 from gemcut.types import Json, Plan, Site
 
 # Components that `inspect` and the size picture count, in the order shown.
@@ -70,6 +71,8 @@ class Family:
     norms(prefix): the branch norms of the layer with this prefix.
     text_config(config): the part of config.json with the decoder's numbers.
     renormalises: the router's top-k weights are renormalised, so that dropping equals masking, to the bit.
+    gguf(config, shapes): what the GGUF file of the decoder holds; shapes of all tensors in the order of the file.
+    gguf_vision(config, shapes, preprocessor): what its mmproj file holds.
     """
 
     name: str
@@ -85,3 +88,5 @@ class Family:
     top_k: Callable[[Mapping[str, Json]], int]
     renormalises: bool
     serving: Serving
+    gguf: Callable[[Mapping[str, Json], Mapping[str, tuple[int, ...]]], GgufLayout]
+    gguf_vision: Callable[[Mapping[str, Json], Mapping[str, tuple[int, ...]], Mapping[str, Json]], GgufLayout]

@@ -21,6 +21,7 @@ from collections.abc import Collection, Mapping
 
 from gemcut.errors import CheckpointError, UsageError
 from gemcut.families.base import Attention, Family, Norms, Serving
+from gemcut.families.gguf import GgufLayout
 from gemcut.families.heads import kept_kv_heads, mode_of
 from gemcut.types import Json, Plan, Site, Slice
 
@@ -310,6 +311,22 @@ def norms(prefix: str, moe: bool) -> Norms:
     )
 
 
+def gguf(config: Mapping[str, Json], shapes: Mapping[str, tuple[int, ...]]) -> GgufLayout:
+    """See gemma4_gguf.trunk, which is built on this module's facts and is therefore imported late."""
+    from gemcut.families.gemma4_gguf import trunk
+
+    return trunk(config, shapes)
+
+
+def gguf_vision(
+    config: Mapping[str, Json], shapes: Mapping[str, tuple[int, ...]], preprocessor: Mapping[str, Json]
+) -> GgufLayout:
+    """See gemma4_vision_gguf.vision."""
+    from gemcut.families.gemma4_vision_gguf import vision
+
+    return vision(config, shapes, preprocessor)
+
+
 FAMILY = Family(
     name="gemma4",
     architectures=("Gemma4ForConditionalGeneration", "Gemma4ForCausalLM"),
@@ -332,4 +349,6 @@ FAMILY = Family(
         top_p=0.95,
         top_k=64,
     ),
+    gguf=gguf,
+    gguf_vision=gguf_vision,
 )

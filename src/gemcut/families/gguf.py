@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
 from gemcut.types import F32
@@ -47,8 +47,10 @@ class GgufTensor:
 class GgufLayout:
     """A whole file, before any type is chosen: order of keys and tensors is the order in the file.
 
-    metadata: everything but the tokenizer, the provenance and `general.file_type`.
+    metadata: the architecture's own keys, and `general.file_type` at its place, to be overwritten. What stands before
+        (names, licence, sampling) and behind (tokenizer, provenance) comes from the exporter.
     facts for the stock mixes: layers, experts (0: dense), group = query heads per KV head in layer 0, tied output.
+    left_out: tensors of the checkpoint that this file does not hold → why.
     """
 
     architecture: str
@@ -58,3 +60,4 @@ class GgufLayout:
     experts: int
     group: int
     tied: bool
+    left_out: Mapping[str, str] = field(default_factory=dict)
