@@ -131,6 +131,7 @@ def test_another_tokenizer_or_vocabulary_is_refused(tiny: Path, tmp_path: Path) 
     with pytest.raises(CheckpointError, match="another tokenizer"):
         run_canary(open_checkpoint(tiny), open_checkpoint(tmp_path / "other"), SHORT, tmp_path / "out")
     wide = make_tiny(tmp_path / "wide", "dense", vocab_size=352, max_position_embeddings=2048)
+    shutil.copy(tiny / "tokenizer.json", wide)
     with pytest.raises(CheckpointError, match="another vocabulary"):
         run_canary(open_checkpoint(tiny), open_checkpoint(wide), SHORT, tmp_path / "out")
     shutil.copytree(tiny, tmp_path / "template")

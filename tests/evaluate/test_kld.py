@@ -282,6 +282,7 @@ def test_another_tokenizer_or_vocabulary(
     with pytest.raises(CheckpointError, match=r"another tokenizer(?s:.*)other"):
         kld(checkpoints["base"], [open_checkpoint(tmp_path / "other")], corpus)
     make_tiny(tmp_path / "larger", "moe", vocab_size=352, **SHAPE)
+    shutil.copy(root / "base" / "tokenizer.json", tmp_path / "larger")
     with pytest.raises(CheckpointError, match=r"different vocabularies(?s:.*)larger(?s:.*)352(?s:.*)320"):
         kld(checkpoints["base"], [open_checkpoint(tmp_path / "larger")], corpus)
 

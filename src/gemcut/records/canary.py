@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeAlias, cast, get_args
+from typing import Literal, TypeAlias, cast
 
 from gemcut.errors import CheckpointError
 from gemcut.records.fields import Fields, open_record, to_json
+from gemcut.records.typed import read
 from gemcut.store import canonical_json, write_bytes, write_json
 from gemcut.types import Estimate, Json
 
@@ -173,21 +174,8 @@ def load_answers(path: Path) -> Answers:
         CheckpointError: not whole, wrong types, another schema, a condition or a prompt twice.
     """
     f = open_record(path, "answers file", ANSWERS_SCHEMA)
-    answers = Answers(
-        fingerprint=f.digest("fingerprint"),
-        model=f.text("model"),
-        tokenizer_hash=f.text("tokenizer_hash"),
-        template_hash=f.text("template_hash"),
-        end_ids=f.counts("end_ids"),
-        prompts_hash=f.digest("prompts_hash"),
-        settings_hash=f.digest("settings_hash"),
-        dtype=f.text("dtype"),
-        stack=_texts(f.child("stack")),
-        markers=f.texts("markers"),
-        skipped=_texts(f.child("skipped")),
-        said=f.children("said", _read_said),
-    )
-    f.done()
+    hashes = {name: f.digest(name) for name in ("fingerprint", "prompts_hash", "settings_hash")}
+    answers = read(Answers, f, said=f.children("said", _read_said), **hashes)
     seen = [(said.style, said.bos) for said in answers.said]
     if len(set(seen)) != len(seen):
         f.refuse("said", "a condition a second time", "every condition once")
@@ -195,25 +183,11 @@ def load_answers(path: Path) -> Answers:
 
 
 def _read_said(f: Fields) -> Said:
-    said = Said(_style(f), _flag(f, "bos"), f.children("answers", _read_answer))
-    f.done()
+    said = read(Said, f)
     names = [answer.prompt for answer in said.answers]
-    if not names or len(set(names)) != len(names):
+    if not names or "" in names or len(set(names)) != len(names):
         f.refuse("answers", f"{len(names)} answers to {len(set(names))} prompts", "every prompt once")
     return said
-
-
-def _read_answer(f: Fields) -> Answer:
-    answer = Answer(
-        prompt=f.text("prompt", empty=False),
-        ids=f.counts("ids"),
-        text=f.text("text"),
-        ended=_flag(f, "ended"),
-        known_nats=_optional(f, "known_nats"),
-        reference_nats=_optional(f, "reference_nats"),
-    )
-    f.done()
-    return answer
 
 
 # ---------------------------------------------------------------- verdicts
@@ -232,118 +206,10 @@ def load_canary(path: Path) -> CanaryResult:
         CheckpointError: wrong types, another schema, or a verdict that its own reasons contradict.
     """
     f = open_record(path, "canary record", CANARY_SCHEMA)
-    result = CanaryResult(
-        base_fingerprint=f.digest("base_fingerprint"),
-        candidate_fingerprint=f.digest("candidate_fingerprint"),
-        base=f.text("base"),
-        candidate=f.text("candidate"),
-        prompts_hash=f.digest("prompts_hash"),
-        settings_hash=f.digest("settings_hash"),
-        settings=f.mapping("settings"),
-        dtype=f.text("dtype"),
-        stack=_texts(f.child("stack")),
-        passed=_flag(f, "passed"),
-        base_sound=_flag(f, "base_sound"),
-        skipped=_texts(f.child("skipped")),
-        conditions=f.children("conditions", _read_condition),
-        answers=f.children("answers", _read_verdict),
-    )
-    f.done()
+    names = ("base_fingerprint", "candidate_fingerprint", "prompts_hash", "settings_hash")
+    result = read(CanaryResult, f, **{name: f.digest(name) for name in names})
     if result.passed != (result.base_sound and not any(c.reasons for c in result.conditions)):
         raise CheckpointError(
             "the verdict and its reasons disagree", where=path.name, hint="the record was edited: run the canary again"
         )
     return result
-
-
-def _read_condition(f: Fields) -> ConditionVerdict:
-    out = ConditionVerdict(
-        style=_style(f),
-        bos=_flag(f, "bos"),
-        prompts=f.count("prompts"),
-        base_broken=_estimate(f.child("base_broken")),
-        candidate_broken=_estimate(f.child("candidate_broken")),
-        newly_broken=_estimate(f.child("newly_broken")),
-        mended=f.count("mended"),
-        identical=f.count("identical"),
-        median_divergence=_optional(f, "median_divergence"),
-        ended_base=f.count("ended_base"),
-        ended_candidate=f.count("ended_candidate"),
-        nll_ratio=None if f.raw("nll_ratio") is None else _estimate(f.child("nll_ratio")),
-        reference_ratio=None if f.raw("reference_ratio") is None else _estimate(f.child("reference_ratio")),
-        base_sound=_flag(f, "base_sound"),
-        reasons=f.texts("reasons"),
-    )
-    f.done()
-    return out
-
-
-def _read_verdict(f: Fields) -> AnswerVerdict:
-    out = AnswerVerdict(
-        style=_style(f),
-        bos=_flag(f, "bos"),
-        prompt=f.text("prompt", empty=False),
-        base_text=f.text("base_text"),
-        candidate_text=f.text("candidate_text"),
-        base=_signs(f.child("base")),
-        candidate=_signs(f.child("candidate")),
-        new=_findings(f, "new"),
-        divergence=None if f.raw("divergence") is None else f.count("divergence"),
-        base_nats=_optional(f, "base_nats"),
-        candidate_nats=_optional(f, "candidate_nats"),
-    )
-    f.done()
-    return out
-
-
-def _signs(f: Fields) -> Signs:
-    out = Signs(
-        tokens=f.count("tokens"),
-        loop_period=f.count("loop_period"),
-        distinct4=f.number("distinct4"),
-        zlib_ratio=f.number("zlib_ratio"),
-        foreign_letters=f.count("foreign_letters"),
-        foreign_share=f.number("foreign_share"),
-        markers=f.texts("markers"),
-        ended=_flag(f, "ended"),
-        empty=_flag(f, "empty"),
-        findings=_findings(f, "findings"),
-    )
-    f.done()
-    return out
-
-
-def _findings(f: Fields, key: str) -> tuple[Finding, ...]:
-    out = f.texts(key, distinct=True)
-    for name in out:
-        if name not in get_args(Finding):
-            f.refuse(key, name, ", ".join(get_args(Finding)))
-    return cast("tuple[Finding, ...]", out)
-
-
-def _style(f: Fields) -> Style:
-    style = f.text("style")
-    if style not in get_args(Style):
-        f.refuse("style", style, ", ".join(get_args(Style)))
-    return cast(Style, style)
-
-
-def _flag(f: Fields, key: str) -> bool:
-    value = f.raw(key)
-    if not isinstance(value, bool):
-        f.refuse(key, value, "true or false")
-    return value
-
-
-def _optional(f: Fields, key: str) -> float | None:
-    return None if f.raw(key) is None else f.number(key)
-
-
-def _texts(f: Fields) -> dict[str, str]:
-    return {f.check_text("a key", key): f.text(key) for key in f.names()}
-
-
-def _estimate(f: Fields) -> Estimate:
-    out = Estimate(value=f.number("value"), low=f.number("low"), high=f.number("high"), n=f.count("n"))
-    f.done()
-    return out

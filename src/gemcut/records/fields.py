@@ -92,6 +92,20 @@ class Fields:
             self.refuse(key, value, "a finite number")
         return float(value)
 
+    def flag(self, key: str) -> bool:
+        value = self.raw(key)
+        if not isinstance(value, bool):
+            self.refuse(key, value, "true or false")
+        return value
+
+    def choice(self, key: str, words: Sequence[str]) -> str:
+        return self.check_choice(key, self.raw(key), words)
+
+    def check_choice(self, key: str, value: object, words: Sequence[str]) -> str:
+        if not isinstance(value, str) or value not in words:
+            self.refuse(key, value, " or ".join(words))
+        return value
+
     def digest(self, key: str) -> str:
         return self.check_digest(key, self.raw(key))
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeAlias, cast, get_args
+from typing import Literal, TypeAlias, cast
 
 from gemcut.records.fields import Fields, open_record, to_json
+from gemcut.records.typed import read
 from gemcut.store import write_json
 from gemcut.types import Json
 
@@ -109,69 +110,35 @@ def load_heal(path: Path) -> HealReport:
         CheckpointError: wrong types, another schema, a layer twice, or a file name that leaves the folder.
     """
     f = open_record(path, "heal", HEAL_SCHEMA)
-    method = f.text("method")
-    if method not in get_args(HealMethod):
-        f.refuse("method", method, " or ".join(get_args(HealMethod)))
     layers = f.children("layers", read_layer_heal)
     numbers = [one.layer for one in layers]
     if numbers != sorted(set(numbers)):
         f.refuse("layers", numbers, "every layer once, ascending")
-    report = HealReport(
-        fingerprint=f.digest("fingerprint"),
-        method=cast(HealMethod, method),
-        model_fingerprint=f.text("model_fingerprint", empty=False),
-        model_name=f.text("model_name"),
-        plan_fingerprint=f.digest("plan_fingerprint"),
-        corpus_hash=f.text("corpus_hash"),
-        template_hash=f.text("template_hash"),
-        bos_policy=f.text("bos_policy"),
-        settings=f.mapping("settings"),
-        dtype=f.text("dtype"),
-        items=f.count("items"),
-        held_out_items=f.count("held_out_items"),
-        tokens=f.count("tokens"),
-        layers=layers,
-        stack={key: f.child("stack").text(key) for key in f.child("stack").names()},
-    )
-    f.done()
-    return report
+    hashes = {name: f.digest(name) for name in ("fingerprint", "plan_fingerprint")}
+    model = f.text("model_fingerprint", empty=False)
+    return read(HealReport, f, layers=layers, model_fingerprint=model, **hashes)
 
 
 def read_layer_heal(f: Fields) -> LayerHeal:
     """One layer of the record."""
     units = f.count("units", 1, 1 << 16)
-    used = f.raw("used")
-    if not isinstance(used, bool):
-        f.refuse("used", used, "true or false")
-    tried, classes = f.child("ridge_residuals"), f.child("by_class")
-    one = LayerHeal(
+    classes = f.child("by_class")
+    one = read(
+        LayerHeal,
+        f,
         layer=f.count("layer", 0, 1 << 12),
         tensor=f.text("tensor", empty=False),
         units=units,
         head_dim=f.count("head_dim", 1, 1 << 16),
         kept=f.counts("kept", units - 1, distinct=True),
-        samples=f.count("samples"),
-        held_out_samples=f.count("held_out_samples"),
-        ridge=f.number("ridge"),
-        lam=f.number("lam"),
-        ridge_residuals={key: tried.number(key) for key in tried.names()},
-        condition=f.number("condition"),
-        fit_before=f.number("fit_before"),
-        fit_after=f.number("fit_after"),
-        held_out_before=f.number("held_out_before"),
-        held_out_after=f.number("held_out_after"),
-        used=used,
         file=None if f.raw("file") is None else f.file_name("file"),
         blake3=None if f.raw("blake3") is None else f.digest("blake3"),
         by_class={name: _read_class(classes.child(name)) for name in classes.names()},
     )
-    if used is (one.file is None) or used is (one.blake3 is None):
+    if one.used is (one.file is None) or one.used is (one.blake3 is None):
         f.refuse("file", one.file, "a file and its hash exactly where the heal is used")
-    f.done()
     return one
 
 
 def _read_class(f: Fields) -> ClassResidual:
-    one = ClassResidual(before=f.number("before"), after=f.number("after"), samples=f.count("samples", 1))
-    f.done()
-    return one
+    return read(ClassResidual, f, samples=f.count("samples", 1))

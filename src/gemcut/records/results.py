@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
-from typing import cast, get_args
+from typing import cast
 
 from gemcut.records.fields import Fields, check_schema, open_record, to_json
+from gemcut.records.typed import read
 from gemcut.store import write_json
-from gemcut.types import Estimate, Found, Json, KldResult, KldRow, Manifest, TensorFact
+from gemcut.types import Json, KldResult, KldRow, Manifest, TensorFact
 
 MANIFEST_SCHEMA = 2  # 2: tensors are hashed with BLAKE3 instead of SHA-256
 KLD_SCHEMA = 1
@@ -33,18 +34,13 @@ def load_manifest(path: Path) -> Manifest:
         if fact.name in seen:
             f.refuse(f"tensors[{i}].name", f"{fact.name!r} a second time", "every tensor once")
         seen.add(fact.name)
-    manifest = Manifest(
-        schema=f.count("schema"),
-        base_fingerprint=f.text("base_fingerprint"),
-        fingerprint=f.text("fingerprint"),
+    return read(
+        Manifest,
+        f,
         tensors=tensors,
         config_changes=_read_changes(f.child("config_changes")),
         files=_read_files(f.child("files")),
-        size_bytes_before=f.count("size_bytes_before"),
-        size_bytes_after=f.count("size_bytes_after"),
     )
-    f.done()
-    return manifest
 
 
 def _read_changes(f: Fields) -> Mapping[str, tuple[Json, Json]]:
@@ -68,32 +64,15 @@ def _read_files(f: Fields) -> Mapping[str, str]:
 
 
 def _read_fact(f: Fields) -> TensorFact:
-    found = f.text("found")
-    if found not in get_args(Found):
-        f.refuse("found", found, ", ".join(get_args(Found)))
-    fact = TensorFact(
-        name=f.text("name", empty=False),
-        found=cast(Found, found),
-        dtype=f.text("dtype"),
-        shape_before=_optional_counts(f, "shape_before"),
-        shape_after=_optional_counts(f, "shape_after"),
-        blake3_before=None if f.raw("blake3_before") is None else f.digest("blake3_before"),
-        blake3_after=None if f.raw("blake3_after") is None else f.digest("blake3_after"),
-        axis=None if f.raw("axis") is None else f.count("axis", 0, 15),
-        index=_optional_counts(f, "index"),
-        relative_change=None if f.raw("relative_change") is None else f.number("relative_change"),
-    )
-    f.done()
-    if found in ("take", "mask"):
+    hashes = {name: None if f.raw(name) is None else f.digest(name) for name in ("blake3_before", "blake3_after")}
+    axis = None if f.raw("axis") is None else f.count("axis", 0, 15)
+    fact = read(TensorFact, f, name=f.text("name", empty=False), axis=axis, **hashes)
+    if fact.found in ("take", "mask"):
         if fact.axis is None or fact.index is None:
-            f.refuse("index", None, f"axis and index for {found!r}")
+            f.refuse("index", None, f"axis and index for {fact.found!r}")
         if list(fact.index) != sorted(set(fact.index)):
             f.refuse("index", list(fact.index), "strictly increasing positions")
     return fact
-
-
-def _optional_counts(f: Fields, key: str) -> tuple[int, ...] | None:
-    return None if f.raw(key) is None else f.counts(key)
 
 
 # ---------------------------------------------------------------- kld
@@ -112,19 +91,8 @@ def kld_from_json(value: object, file: Path) -> KldResult:
     """
     f = Fields(value, file)
     check_schema(f, "KLD result", KLD_SCHEMA)
-    result = KldResult(
-        base_fingerprint=f.text("base_fingerprint"),
-        candidate_fingerprint=f.text("candidate_fingerprint"),
-        candidate=f.text("candidate"),
-        corpus_hash=f.text("corpus_hash"),
-        template_hash=f.text("template_hash"),
-        dtype=f.text("dtype"),
-        chunks=f.count("chunks"),
-        seed=f.count("seed"),
-        rows=f.children("rows", _read_row),
-    )
-    f.done()
-    return result
+    f.count("schema")
+    return read(KldResult, f, rows=f.children("rows", _read_row))
 
 
 def save_kld(result: KldResult, path: Path) -> None:
@@ -139,22 +107,4 @@ def load_kld(path: Path) -> KldResult:
 
 
 def _read_row(f: Fields) -> KldRow:
-    row = KldRow(
-        cls=f.text("cls", empty=False),
-        tokens=f.count("tokens"),
-        mean=_read_estimate(f.child("mean")),
-        median=_read_estimate(f.child("median")),
-        p99=_read_estimate(f.child("p99")),
-        same_top=_read_estimate(f.child("same_top")),
-        ln_ppl_ratio=_read_estimate(f.child("ln_ppl_ratio")),
-        ppl_base=f.number("ppl_base"),
-        ppl_candidate=f.number("ppl_candidate"),
-    )
-    f.done()
-    return row
-
-
-def _read_estimate(f: Fields) -> Estimate:
-    out = Estimate(value=f.number("value"), low=f.number("low"), high=f.number("high"), n=f.count("n"))
-    f.done()
-    return out
+    return read(KldRow, f, cls=f.text("cls", empty=False))
