@@ -137,7 +137,7 @@ def lay_out_split(
 def _size(entry: Entry) -> int:
     name, kind, shape = entry
     if not 0 < len(name.encode()) <= MAX_NAME_BYTES or len(shape) > MAX_AXES or any(dim < 0 for dim in shape):
-        raise UsageError("GGUF cannot hold this tensor", where=name[:120], got=list(shape), wanted="a shorter name")
+        raise UsageError("GGUF cannot hold this tensor", where=name[:120], got=list(shape), wanted="63 bytes, 4 axes")
     try:
         return tensor_bytes(kind, shape)
     except UsageError as error:
