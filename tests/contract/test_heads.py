@@ -8,19 +8,16 @@
 
 from __future__ import annotations
 
-import hashlib
-import random
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from tests.contract.stock import a_flipped_byte_is_caught, load, logits, same_bytes, speaks
 
 from gemcut.checkpoint import open_checkpoint
 from gemcut.checkpoint.read import Checkpoint
-from gemcut.errors import CheckpointError
 from gemcut.families.base import Attention
 from gemcut.families.heads import HeadMode
 from gemcut.plan import plan_heads
@@ -77,20 +74,6 @@ def the_cut(
     out = tmp_path_factory.mktemp("cut") / "out"
     cut(base, plan, out)
     return open_checkpoint(out), plan
-
-
-def load(checkpoint: Checkpoint) -> Any:
-    model, info = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=torch.float32, output_loading_info=True)
-    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
-    return model.eval()
-
-
-def logits(model: Any) -> torch.Tensor:
-    ids = torch.randint(10, 300, (3, 40), generator=torch.Generator().manual_seed(0))
-    ids[:, 0] = 2
-    with torch.no_grad():
-        out: torch.Tensor = model(input_ids=ids, use_cache=False).logits
-    return out
 
 
 def silence(model: Any, base: Checkpoint, plan: Plan) -> None:
@@ -156,8 +139,7 @@ def test_loads_in_stock_transformers(name: str, base: Checkpoint, the_cut: tuple
     heads = shapes_of(base)[0].heads
     kept = heads - (BASES[name][2] if plan.params["mode"] == "structural" else 0)
     assert model.config.get_text_config().num_attention_heads == kept
-    generated = model.generate(torch.tensor([[2, 20, 30]]), max_new_tokens=4, do_sample=False, pad_token_id=0)
-    assert generated.shape[1] > 3
+    speaks(model)
 
 
 def test_a_cache_gives_the_same_logits(the_cut: tuple[Checkpoint, Plan]) -> None:
@@ -173,9 +155,7 @@ def test_a_cache_gives_the_same_logits(the_cut: tuple[Checkpoint, Plan]) -> None
 @pytest.mark.parametrize("mode", MODES)
 def test_identity_plan_gives_the_same_bytes(base: Checkpoint, tmp_path: Path, mode: HeadMode) -> None:
     cut(base, a_plan(base, 0, mode), tmp_path / "out")
-    for path in base.path.iterdir():
-        a, b = (hashlib.sha256(p.read_bytes()).hexdigest() for p in (path, tmp_path / "out" / path.name))
-        assert a == b, path.name
+    same_bytes(base.path, tmp_path / "out")
 
 
 def test_the_manifest_is_the_plan(base: Checkpoint, the_cut: tuple[Checkpoint, Plan]) -> None:
@@ -200,18 +180,5 @@ def test_a_flipped_byte_is_caught(base: Checkpoint, the_cut: tuple[Checkpoint, P
     out, plan = the_cut
     # once anywhere, once in a tensor that the cut wrote
     edits = edits_for(plan, base)
-    ref = random.Random(seed).choice([r for r in out.tensors.values() if r.size_bytes and (seed or r.name in edits)])
-    path = out.path / ref.shard
-    at = random.Random(seed).randrange(ref.start, ref.stop)
-    clean = path.read_bytes()
-    raw = bytearray(clean)
-    raw[at] ^= 1
-    path.unlink()  # a new file: the old inode may be linked to the base
-    path.write_bytes(raw)
-    try:
-        with pytest.raises(CheckpointError) as caught:
-            verify_cut(open_checkpoint(out.path), base, plan)
-        assert ref.name in str(caught.value)
-    finally:
-        path.write_bytes(clean)
-    verify_cut(open_checkpoint(out.path), base, plan)
+    flipped = [ref for ref in out.tensors.values() if ref.size_bytes and (seed or ref.name in edits)]
+    a_flipped_byte_is_caught(out, base, plan, flipped, seed)
