@@ -14,7 +14,8 @@ from tests.report.test_html import EVIL, hostile
 from gemcut.report import ReportData
 from gemcut.report.card import comparison, render_card
 from gemcut.report.figures import draw_all
-from gemcut.report.tables import change, criteria_rows, headline, interval, size
+from gemcut.report.spelling import change, interval, size
+from gemcut.report.tables import criteria_rows, headline
 from gemcut.report.text import find_path
 
 

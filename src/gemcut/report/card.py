@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import jinja2
 import yaml
 
-from gemcut.report import method, tables
+from gemcut.report import parts, tables
 from gemcut.report.data import Drawing, ReportData, Table
-from gemcut.report.tables import change, count, interval, parameters, size
+from gemcut.report.spelling import change, count, interval, parameters, signed, size
 from gemcut.report.text import Markdown, code_block, code_span, escape_markdown, plain
 from gemcut.types import Estimate, Json
 
@@ -52,10 +52,10 @@ def comparison(data: ReportData) -> Table:
         rows.append(("Active parameters per token", parameters(a), parameters(b), change(a, b)))
     if base.units is not None and cut.units is not None:
         name = tables.units_name(data).capitalize()
-        delta = tables.signed(cut.units - base.units, 0)
+        delta = signed(cut.units - base.units, 0)
         rows.append((f"{name} per layer", str(base.units), str(cut.units), delta))
     if base.top_k is not None and cut.top_k is not None:
-        rows.append(("Experts per token", str(base.top_k), str(cut.top_k), tables.signed(cut.top_k - base.top_k, 0)))
+        rows.append(("Experts per token", str(base.top_k), str(cut.top_k), signed(cut.top_k - base.top_k, 0)))
     row = data.entry.row() if data.entry else None
     if row is not None:
         n = f"n = {count(row.mean.n)} chunks"
@@ -129,19 +129,9 @@ def render_card(data: ReportData, drawings: Sequence[Drawing] = (), figures: str
     }
     environment.globals.update(table=markdown_table, code_span=code_span, code_block=code_block)
     return environment.get_template("card.md.j2").render(
-        data=data,
+        **parts.shared(data),
         matter=Markdown(yaml.safe_dump(front_matter(data), sort_keys=False, allow_unicode=True).rstrip("\n")),
-        headline=tables.headline(data),
         comparison=comparison(data),
-        changed=method.manifest_sentence(data),
-        changes=tables.change_rows(data),
-        config=method.config_rows(data),
-        checks=method.check_rows(data),
-        criteria=tables.criteria_rows(data),
-        classes=tables.class_rows(data),
-        method=method.method_rows(data),
-        limits=method.limits(data),
-        files=method.file_rows(data),
         pictures=pictures,
         snippet=snippet(data),
     )

@@ -41,7 +41,8 @@ from gemcut.report.palette import (
     VERMILION,
     WIDTH_INCHES,
 )
-from gemcut.report.tables import by_damage, count, interval, size, units_name
+from gemcut.report.spelling import count, interval, size
+from gemcut.report.tables import by_damage, units_name
 from gemcut.report.text import plain
 from gemcut.types import Estimate
 

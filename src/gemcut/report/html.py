@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import jinja2
 from markupsafe import Markup
 
-from gemcut.report import method, tables
+from gemcut.report import method, parts, tables
+from gemcut.report.changes import component_rows
 from gemcut.report.data import Drawing, ReportData
 from gemcut.report.text import plain
 
@@ -46,25 +47,19 @@ def render_page(data: ReportData, drawings: Sequence[Drawing]) -> str:
     """The whole page as text. The same data and drawings give the same bytes."""
     figures = {drawing.name: FigureView(drawing.name, drawing.caption, Markup(drawing.svg)) for drawing in drawings}
     checks_pass = all(check.passed for check in data.checks)
-    return environment().get_template("page.html.j2").render(
-        data=data,
-        headline=tables.headline(data),
-        key_figures=tables.key_figures(data),
-        figures=figures,
-        criteria=tables.criteria_rows(data),
-        classes=tables.class_rows(data),
-        doubts=tables.doubt_rows(data),
-        near_ties=tables.near_ties(data),
-        dropped=tables.dropped_rows(data),
-        components=tables.component_rows(data.base, data.candidate),
-        changes=tables.change_rows(data),
-        changed=method.manifest_sentence(data),
-        config=method.config_rows(data),
-        files=method.file_rows(data),
-        checks=method.check_rows(data),
-        stages=method.stage_rows(data),
-        method=method.method_rows(data),
-        limits=method.limits(data),
-        units=tables.units_name(data),
-        checks_pass=checks_pass,
-    )  # fmt: skip
+    return (
+        environment()
+        .get_template("page.html.j2")
+        .render(
+            **parts.shared(data),
+            key_figures=tables.key_figures(data),
+            figures=figures,
+            doubts=tables.doubt_rows(data),
+            near_ties=tables.near_ties(data),
+            dropped=tables.dropped_rows(data),
+            components=component_rows(data.base, data.candidate),
+            stages=method.stage_rows(data),
+            units=tables.units_name(data),
+            checks_pass=checks_pass,
+        )
+    )

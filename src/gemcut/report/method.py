@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from gemcut.report.data import ALL, ReportData, Table
-from gemcut.report.tables import by_damage, count, duration, json_text, near_ties, size, units_name
+from gemcut.report.spelling import count, duration, json_text, size
+from gemcut.report.tables import by_damage, near_ties, units_name
 
 SHORT_HASH = 12
 
