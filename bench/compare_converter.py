@@ -1,11 +1,13 @@
 """Compare what gemcut says a GGUF file holds with what llama.cpp's converter writes, key by key and tensor by tensor.
 
-    python bench/compare_converter.py LLAMA_CPP_SOURCE [--json result.json] [FOLDER …]
+    python bench/compare_converter.py LLAMA_CPP_SOURCE [FOLDER …] [--json result.json]
+    python bench/compare_converter.py LLAMA_CPP_SOURCE demo/dense demo/moe --golden tests/golden
 
 Without folders: both demo trunks, a tiny random checkpoint of every kind, a drafter, a vision tower, and trunks whose
 config has other forms. The converter runs with `--outtype bf16`, so nothing is rounded. Compared are the keys and their
-order, value types and values; tensor names and their order, shapes, types and every value. It needs the packages that
-the converter needs (torch, transformers).
+order, value types and values; tensor names and their order, shapes, types and every value. --golden writes what the
+converter's files hold as JSON, for tests that run without it. It needs the packages that the converter needs (torch,
+transformers).
 """
 
 from __future__ import annotations
@@ -32,6 +34,9 @@ from gemcut.families import DRAFTERS
 from gemcut.families.gguf import GgufLayout, GgufTensor, Value
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tests"))
+from gguf_facts import as_stored, golden_keys, golden_tensor, values_of  # noqa: E402
+
 BF16_FILE = 32  # general.file_type of --outtype bf16
 CARD = """---
 license: [apache-2.0, mit]
@@ -76,27 +81,6 @@ def stored(field: gguf.ReaderField) -> Value:
     return Value(kind, tuple(value) if isinstance(value, list) else value)  # type: ignore[arg-type]
 
 
-def as_stored(value: Value) -> Value:
-    """What comes back when a value is written: float32 rounds."""
-    if value.kind != "f32":
-        return value
-    if isinstance(value.value, tuple):
-        return Value("f32", tuple(float(np.float32(v)) for v in value.value))
-    return Value("f32", float(np.float32(value.value)))
-
-
-def expected(checkpoint: Checkpoint, tensor: GgufTensor) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """float32 values of a tensor of the layout, made from the checkpoint."""
-    if tensor.values is not None:
-        return tensor.values
-    assert tensor.source is not None
-    ref = checkpoint.ref(tensor.source)
-    decoded = decode(ref.dtype, checkpoint.read(tensor.source))
-    assert decoded is not None, ref.dtype
-    values = decoded.astype(np.float32).reshape(tensor.source_shape or tensor.shape)
-    return (values.transpose(tensor.permute) if tensor.permute else values).reshape(tensor.shape)
-
-
 def differences(checkpoint: Checkpoint, layout: GgufLayout, file: Path) -> Iterator[str]:
     """Every way in which the converter's file is not what gemcut says."""
     reader = gguf.GGUFReader(file)
@@ -121,6 +105,30 @@ def differences(checkpoint: Checkpoint, layout: GgufLayout, file: Path) -> Itera
             yield from _tensor_differences(checkpoint, tensor, by_name[tensor.name])
 
 
+def floats(tensor: gguf.ReaderTensor) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """float32 values of an F32 or BF16 tensor of a file, rows first."""
+    values = decode(tensor.tensor_type.name, np.ascontiguousarray(tensor.data).view(np.uint8).reshape(-1))
+    assert values is not None, tensor.tensor_type
+    return values.astype(np.float32).reshape([int(n) for n in reversed(tensor.shape)])
+
+
+def golden(file: Path) -> dict[str, Any]:
+    """What a file holds, as small JSON."""
+    reader = gguf.GGUFReader(file)
+    keys = {key: stored(field) for key, field in reader.fields.items() if not key.startswith("GGUF.")}
+    tensors = {t.name: golden_tensor(floats(t).shape, t.tensor_type.name == "F32", floats(t)) for t in reader.tensors}
+    return {"keys": golden_keys(keys), "tensors": tensors}
+
+
+def one_per_line(parts: dict[str, dict[str, Any]]) -> str:
+    """JSON with one key or tensor on a line, so that a diff of two goldens can be read."""
+    out = []
+    for name, entries in parts.items():
+        lines = [f"  {json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}" for key, value in entries.items()]
+        out.append(f"{json.dumps(name)}: {{\n" + ",\n".join(lines) + "\n}")
+    return "{\n" + ",\n".join(out) + "\n}\n"
+
+
 def _tensor_differences(checkpoint: Checkpoint, ours: GgufTensor, theirs: gguf.ReaderTensor) -> Iterator[str]:
     shape = tuple(int(n) for n in reversed(theirs.shape))
     kind = "F32" if ours.keep_f32 else "BF16"
@@ -128,15 +136,11 @@ def _tensor_differences(checkpoint: Checkpoint, ours: GgufTensor, theirs: gguf.R
         yield f"{ours.name}: shape {list(ours.shape)} instead of {list(shape)}"
     elif theirs.tensor_type.name != kind:
         yield f"{ours.name}: {kind} instead of {theirs.tensor_type.name}"
-    else:
-        raw = np.ascontiguousarray(theirs.data).view(np.uint8)
-        values = decode(kind, raw.reshape(-1))
-        assert values is not None
-        if not np.array_equal(values.astype(np.float32).reshape(shape), expected(checkpoint, ours)):
-            yield f"{ours.name}: other values"
+    elif not np.array_equal(floats(theirs), values_of(checkpoint, ours)):
+        yield f"{ours.name}: other values"
 
 
-def compare(source: Path, folder: Path, scratch: Path) -> dict[str, list[str]]:
+def compare(source: Path, folder: Path, scratch: Path, goldens: Path | None) -> dict[str, list[str]]:
     """File of the folder → differences: the model file, and the mmproj where the checkpoint has a vision tower."""
     config = json.loads((folder / "config.json").read_text())
     drafter = config["architectures"][0] in DRAFTERS
@@ -150,13 +154,14 @@ def compare(source: Path, folder: Path, scratch: Path) -> dict[str, list[str]]:
         file = scratch / f"{folder.name}.{part}.gguf"
         convert(source, folder, file, *flags)
         out[f"{folder.name} {part}"] = list(differences(checkpoint, layout(checkpoint), file))
+        if goldens is not None:
+            (goldens / f"converter_{folder.name}_{part}.json").write_text(one_per_line(golden(file)))
         file.unlink()
     return out
 
 
 def tiny_folders(scratch: Path) -> list[Path]:
     """Random checkpoints of every kind and of odd forms."""
-    sys.path.insert(0, str(ROOT / "tests"))
     from transformers import AutoConfig
 
     from tiny import add_vision, make_drafter, make_tiny
@@ -186,12 +191,13 @@ def main() -> None:
     parser.add_argument("source", type=Path)
     parser.add_argument("folders", type=Path, nargs="*")
     parser.add_argument("--json", type=Path)
-    args = parser.parse_args()
+    parser.add_argument("--golden", type=Path)
+    args = parser.parse_intermixed_args()
     with tempfile.TemporaryDirectory() as scratch:
         folders = args.folders or [ROOT / "demo/dense", ROOT / "demo/moe", *tiny_folders(Path(scratch))]
         found: dict[str, list[str]] = {}
         for folder in folders:
-            for name, lines in compare(args.source, folder, Path(scratch)).items():
+            for name, lines in compare(args.source, folder, Path(scratch), args.golden).items():
                 found[name] = lines
                 print(f"{name:36} {'equal' if not lines else f'{len(lines)} differences'}", flush=True)
                 for line in lines:

@@ -1,6 +1,6 @@
 """What a model's name says: organisation, base name, size, fine-tune, version, as llama.cpp's converter guesses them.
 
-google/gemma-4-26B-A4B-it   google · basename gemma · version 4 · size 26B-A4B · finetune it
+google/gemma-4-26B-A4B-it-v2   google · basename gemma-4 · size 26B-A4B · finetune it · version v2
 """
 
 from __future__ import annotations
