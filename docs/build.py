@@ -33,6 +33,8 @@ EXAMPLES = {
     "gemcut cut demo:dense --plan plan.json --heal healed -o small",
     "verify": "gemcut verify small --base demo:moe --plan plan.json",
     "diff": "gemcut diff demo:moe small\ngemcut diff plan-a.json plan-b.json",
+    "gguf": "gemcut gguf demo:moe -t Q4_K_M -t Q8_0 -o gguf\n"
+    "gemcut gguf demo:moe -t IQ3_M --tensor-type attn_k=q6_k --dry-run -o gguf",
     "kld": "gemcut kld demo:moe small --corpus demo:heldout",
     "canary": "gemcut canary demo:dense small --base-answers answers.json -o canary",
     "run": "gemcut run gemma4-26b-98e --set observe.corpus=my.jsonl --set kld.corpus=heldout.jsonl --dry-run",

@@ -17,7 +17,7 @@ ROOMS = {"observe", "score", "plan", "surgery", "ablate", "canary", "export", "s
 GROUND = {"errors", "types", "store", "records", "checkpoint", "families", "ggml", "gguf_file", "machine"}
 ABOVE = {
     "recipe", "runs", "models", "stages", "head_stages", "pipeline", "head_pipeline", "shipped", "reporting",
-    "head_reporting", "preflight", "jobs",
+    "head_reporting", "preflight", "exporting", "jobs",
 }  # fmt: skip
 LICENSED = {("evaluate", "serve")}
 
@@ -123,6 +123,7 @@ def test_nothing_reads_pickles() -> None:
         ("cut --help", ("torch", "transformers", "matplotlib")),
         ("verify --help", ("torch", "transformers", "matplotlib")),
         ("diff --help", ("torch", "transformers", "matplotlib")),
+        ("gguf --help", ("torch", "transformers", "matplotlib", "numpy")),
         ("canary --help", ("torch", "transformers", "numpy")),
     ],
 )

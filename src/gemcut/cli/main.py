@@ -28,6 +28,10 @@ VERBS: dict[str, tuple[str, str]] = {
         "gemcut.cli.checkpoints:diff",
         "Tensor by tensor between two checkpoints, or drop by drop between two plans.",
     ),
+    "gguf": (
+        "gemcut.cli.gguf:gguf",
+        "Write GGUF files straight from safetensors, many types from one read.",
+    ),
     "kld": ("gemcut.cli.measure:kld", "KL divergence of candidates from a base, streamed, no logits on disk."),
     "canary": (
         "gemcut.cli.canary:canary",

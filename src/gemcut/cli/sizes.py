@@ -2,12 +2,35 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
+
+import click
 
 from gemcut.cli.console import Talk
 
 if TYPE_CHECKING:
     from gemcut.preflight import Preflight
+
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?", re.IGNORECASE)
+
+
+class ByteSize(click.ParamType[int]):
+    """`10GiB`, `500MB`, `2G` (thousands without the i) or plain bytes, as an integer."""
+
+    name = "size"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Bytes, at least 1."""
+        if isinstance(value, int):
+            return value
+        match = _SIZE.fullmatch(str(value).strip())
+        unit = _UNITS.get(match[2].upper()) if match else None
+        if match is None or unit is None or float(match[1]) * unit < 1:
+            self.fail(f"{str(value)!r} is not a size; write 10GiB, 500MB or a number of bytes", param, ctx)
+        return int(float(match[1]) * unit)
 
 
 def size(size_bytes: float | None) -> str:

@@ -7,24 +7,12 @@ from collections.abc import Iterator
 import numpy as np
 
 from gemcut.checkpoint.read import Checkpoint
-from gemcut.checkpoint.values import decode
-from gemcut.errors import CheckpointError
+from gemcut.export.source import Buffers, Piece, Source
 from gemcut.families.gguf import GgufTensor
-from gemcut.types import DTYPE_BYTES, F32, F64, TensorRef
+from gemcut.types import F32, F64
 
-_PIECE_VALUES = 1 << 22
-
-
-def rows_of(checkpoint: Checkpoint, tensor: GgufTensor, unit: int, start: int, stop: int) -> F32:
-    """float32 [stop − start, F]: rows of one unit (0 where the tensor has no axis of units)."""
-    ref = _source(checkpoint, tensor)
-    rows, columns = ref.shape[-2:]
-    first, width = unit * rows + start, columns * DTYPE_BYTES[ref.dtype]
-    raw = checkpoint.read_range(ref.name, first * width, (first + stop - start) * width)
-    values = decode(ref.dtype, raw)
-    if values is None:
-        raise CheckpointError("weights of this type cannot be read", where=ref.name, got=ref.dtype)
-    return values.astype(np.float32).reshape(stop - start, columns)
+_PIECE_VALUES = 1 << 20
+_RUN = 8  # rows read together where only some are wanted
 
 
 def units_of(tensor: GgufTensor) -> int:
@@ -33,31 +21,31 @@ def units_of(tensor: GgufTensor) -> int:
 
 
 def column_energy(checkpoint: Checkpoint, tensor: GgufTensor) -> F64:
-    """w [U, F], w[u, c] = Σ_r W[u, r, c]², float64 sums of float32 squares."""
+    """w [U, F], w[u, c] = Σ_r W[u, r, c]², float64 sums of float32 squares over pieces of rows."""
+    source = Source(checkpoint, tensor, Buffers())
     units, (rows, columns) = units_of(tensor), tensor.shape[-2:]
     out = np.zeros((units, columns))
     for unit in range(units):
         for start, stop in _pieces(rows, columns):
-            piece = rows_of(checkpoint, tensor, unit, start, stop)
-            out[unit] += np.einsum("rc,rc->c", piece, piece, dtype=np.float64)
+            values = source.load(Piece(unit * rows + start, unit * rows + stop)).values
+            out[unit] += np.einsum("rc,rc->c", values, values)
     return out
+
+
+def some_rows(checkpoint: Checkpoint, tensor: GgufTensor, most: int) -> Iterator[F32]:
+    """Of every unit, float32 [R, F]: runs of 8 rows, evenly spread, at most about `most` rows of the whole tensor."""
+    source = Source(checkpoint, tensor, Buffers())
+    units, rows = units_of(tensor), tensor.shape[-2]
+    runs = -(-rows // _RUN)
+    wanted = min(runs, max(1, most // units // _RUN))
+    starts = np.unique(np.linspace(0, runs - 1, wanted).round().astype(int)) * _RUN
+    for unit in range(units):
+        at = unit * rows
+        pieces = [Piece(at + int(start), at + min(int(start) + _RUN, rows)) for start in starts]
+        yield np.concatenate([source.load(piece).values for piece in pieces])
 
 
 def _pieces(rows: int, columns: int) -> Iterator[tuple[int, int]]:
     step = max(1, _PIECE_VALUES // columns)
     for start in range(0, rows, step):
         yield start, min(rows, start + step)
-
-
-def _source(checkpoint: Checkpoint, tensor: GgufTensor) -> TensorRef:
-    """The tensor on disk, in the shape that the layout says: linears are stored as they are."""
-    assert tensor.source is not None
-    ref = checkpoint.ref(tensor.source)
-    if tensor.permute or ref.shape != tensor.shape:
-        raise CheckpointError(
-            "the weights have another shape than the layout says",
-            where=tensor.source,
-            got=list(ref.shape),
-            wanted=list(tensor.shape),
-        )
-    return ref

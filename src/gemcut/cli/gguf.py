@@ -1,0 +1,125 @@
+"""`gemcut gguf`."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from gemcut.cli import options
+from gemcut.cli.console import Talk
+from gemcut.cli.sizes import ByteSize, duration, size
+
+if TYPE_CHECKING:
+    from gemcut.export.run import ExportReport
+    from gemcut.exporting import GgufPreflight
+
+
+@click.command()
+@click.argument("model")
+@click.option("-t", "--type", "types", multiple=True, help="File type, as Q4_K_M or IQ2_M; many times for many files.")
+@options.out_folder
+@click.option("--imatrix", type=click.Path(), help="Importance matrix of gemcut imatrix or llama-imatrix.")
+@click.option(
+    "--tensor-type", "overrides", multiple=True, metavar="REGEX=TYPE", help="Type of some tensors, as attn_k=q6_k."
+)
+@click.option(
+    "--mmproj",
+    type=click.Choice(["F32", "F16", "BF16", "Q8_0"], case_sensitive=False),
+    help="Write the vision tower's file, too.",
+)
+@click.option("--threads", type=click.IntRange(min=1), help="Threads that quantise; by default one for each core.")
+@click.option("--max-shard-size", type=ByteSize(), help="Split files into parts of at most this, as 2GiB or 4GB.")
+@options.force
+@options.dry_run
+@options.talk
+def gguf(
+    model: str,
+    types: tuple[str, ...],
+    out: str,
+    imatrix: str | None,
+    overrides: tuple[str, ...],
+    mmproj: str | None,
+    threads: int | None,
+    max_shard_size: int | None,
+    force: bool,
+    dry_run: bool,
+    talk: Talk,
+) -> None:
+    """Write GGUF files straight from safetensors, many types from one read.
+
+    Finished tensors of a run that broke off stay; tensors that an earlier export in the folder holds are copied.
+    """
+    from gemcut import exporting, machine, models
+
+    words = exporting.GgufWords(
+        types, Path(imatrix) if imatrix else None, overrides, max_shard_size, (mmproj or "").upper()
+    )
+    exports = exporting.plan_export(models.open_model(model), words)
+    threads = threads or machine.cores()
+    found = exporting.estimate(exports, Path(out), threads)
+    if dry_run:
+        _show_preflight(talk, found)
+        return
+    for export in exports:
+        for why, count in Counter(export.layout.left_out.values()).items():
+            talk.say(f"{count} tensors are not in {export.planned[0].target.name}: {why}")
+    reports = exporting.write_export(exports, Path(out), threads=threads, force=force, progress=talk.progress)
+    _show(talk, reports, out)
+
+
+def _show_preflight(talk: Talk, found: GgufPreflight) -> None:
+    for file in found.files if len(found.files) == 1 or talk.verbose else ():
+        talk.table(
+            file.name,
+            ("tensors", "number", "types", "size", "bits per weight"),
+            [
+                (
+                    kind.role,
+                    kind.tensors,
+                    ", ".join(t.name for t in kind.types),
+                    size(kind.size_bytes),
+                    f"{kind.bpw:.2f}",
+                )
+                for kind in file.kinds
+            ],
+        )
+    talk.table(
+        "Dry run: nothing was written",
+        ("file", "parts", "bytes", "size", "bits per weight"),
+        [(f.name, f.parts, f.size_bytes, size(f.size_bytes), f"{f.bits_per_weight:.3f}") for f in found.files],
+        note=(
+            f"reads {size(found.read_bytes)} with {found.threads} threads; disk: {size(found.write_bytes)} needed, "
+            f"{size(found.free_bytes)} free; memory: {size(found.memory_bytes)} needed, "
+            f"{size(found.available_bytes)} available"
+        ),
+    )
+    talk.result(found, text="")
+
+
+def _show(talk: Talk, reports: tuple[ExportReport, ...], out: str) -> None:
+    talk.table(
+        "Written",
+        ("file", "bytes", "size", "bits per weight", "types", "quantised", "copied", "resumed"),
+        [
+            (
+                f.name if len(f.parts) == 1 else f"{f.name} in {len(f.parts)} parts",
+                f.size_bytes,
+                size(f.size_bytes),
+                f"{f.bits_per_weight:.3f}",
+                ", ".join(f"{kind} {count}" for kind, count in f.types.items()),
+                "there already" if f.found else f.quantised,
+                f.copied,
+                f.resumed,
+            )
+            for report in reports
+            for f in report.files
+        ],
+        note="; ".join(
+            f"{size(r.read_bytes)} read in {duration(r.seconds)}; {r.threads} threads were "
+            f"{duration(r.kernel_seconds)} in the quantisers" for r in reports
+        ),
+    )  # fmt: skip
+    talk.result({"reports": reports}, path=out, text=out)

@@ -1,0 +1,241 @@
+"""From a checkpoint and file types to GGUF files: layouts, mixes, importances and keys put together, then written."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+from gemcut import machine, store
+from gemcut.checkpoint import Checkpoint
+from gemcut.errors import MissingError, UsageError
+from gemcut.export import imatrix as importance
+from gemcut.export.imatrix import Imatrix
+from gemcut.export.layout import layout_of, vision_layout_of
+from gemcut.export.metadata import file_metadata
+from gemcut.export.mix import overrides, shapes, sizes, stock
+from gemcut.export.provenance import provenance
+from gemcut.export.run import ExportReport, export_gguf
+from gemcut.export.source import PIECE_ELEMENTS
+from gemcut.export.targets import Planned, Target, plan_target
+from gemcut.families.gguf import GgufLayout, Value
+from gemcut.ggml.library import Library, load
+from gemcut.ggml.types import GgmlType
+
+Progress = Callable[[int, int, str], None]
+PROJECTORS = ("F32", "F16", "BF16", "Q8_0")
+_BASE_MEMORY_BYTES = 200 << 20  # the interpreter, numpy and the library
+_HEADER_COPIES = 16  # a vocabulary as Python strings, and as bytes once for each file
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class GgufWords:
+    """What is asked for.
+
+    types: file types of the model file.   overrides: `REGEX=TYPE`, over each of them.   projector: type of the mmproj
+    file, "" for none.   imatrix: its file.   max_shard_bytes: payload of a part; None for files in one piece.
+    """
+
+    types: tuple[str, ...]
+    imatrix: Path | None = None
+    overrides: tuple[str, ...] = ()
+    max_shard_bytes: int | None = None
+    projector: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class FileCost:
+    """One file before it is written. Sizes are exact.   kinds: by role of tensor, largest first."""
+
+    name: str
+    parts: int
+    size_bytes: int
+    bits_per_weight: float
+    kinds: tuple[sizes.KindSize, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class GgufPreflight:
+    """What an export would read, write and need."""
+
+    files: tuple[FileCost, ...]
+    read_bytes: int
+    write_bytes: int
+    free_bytes: int
+    memory_bytes: int
+    available_bytes: int
+    threads: int
+
+
+@dataclass(frozen=True, eq=False)
+class Export:
+    """One layout of a checkpoint and the files that hold it."""
+
+    checkpoint: Checkpoint
+    layout: GgufLayout
+    planned: tuple[Planned, ...]
+
+    @cached_property
+    def read_bytes(self) -> int:
+        """Bytes of the source."""
+        sources = [tensor.source for tensor in self.layout.tensors if tensor.source is not None]
+        return sum(self.checkpoint.ref(name).size_bytes for name in sources)
+
+
+@dataclass(slots=True)
+class _Files:
+    """Names and keys of the files of one checkpoint."""
+
+    checkpoint: Checkpoint
+    library: Library
+    words: GgufWords
+    imatrix: Imatrix | None
+    _keys: dict[str, Mapping[str, Value]] = field(default_factory=dict)
+
+    def plan(self, layout: GgufLayout, name: str, types: Mapping[str, GgmlType], number: int) -> Planned:
+        """One file laid out."""
+        base, parent = self.checkpoint, self.checkpoint.fingerprint
+        keys = self._keys.get(layout.architecture)  # the vocabulary is read once for all files
+        if keys is None:
+            keys = file_metadata(base.path, base.config, layout, name=base.name, file_type=number)
+            self._keys[layout.architecture] = keys
+        file = self.words.imatrix.name if self.words.imatrix is not None else ""
+        metadata = {
+            **keys,
+            "general.file_type": Value("u32", number),
+            **provenance(parent, self.library.identity, self.imatrix, file),
+        }
+        target = Target(name, types, metadata, self.imatrix)
+        return plan_target(
+            target, layout, parent=parent, quantiser=self.library.identity, max_shard_bytes=self.words.max_shard_bytes
+        )
+
+
+def plan_export(checkpoint: Checkpoint, words: GgufWords, library: Library | None = None) -> tuple[Export, ...]:
+    """Everything decided, nothing written.
+
+    Raises:
+        UsageError: an unknown type, a pattern that binds nothing, a type that needs importances without them.
+        CheckpointError: the imatrix is damaged or of another model; the tokenizer cannot be written.
+        MissingError: the quantisers' library is not installed.
+    """
+    if not words.types and not words.projector:
+        raise UsageError("no file type was asked for", hint=f"-t {', -t '.join(('Q4_K_M', 'IQ3_M'))}")
+    library = load() if library is None else library
+    given = overrides.parse_overrides(words.overrides)
+    exports: list[Export] = []
+    if words.types:
+        layout = layout_of(checkpoint)
+        imatrix = None if words.imatrix is None else _imatrix(words.imatrix, layout, checkpoint)
+        files = _Files(checkpoint, library, words, imatrix)
+        planned = []
+        for asked in dict.fromkeys(name.strip().upper() for name in words.types):
+            kind = stock.file_type(asked)
+            types = stock.stock_types(asked, layout, imatrix=imatrix is not None, overrides=given)
+            _refuse_starved(asked, types, imatrix)
+            planned.append(files.plan(layout, f"{file_stem(checkpoint)}-{asked}.gguf", types, kind.number))
+        exports.append(Export(checkpoint, layout, tuple(planned)))
+    if words.projector:
+        layout = vision_layout_of(checkpoint)
+        kind = stock.file_type(words.projector)
+        files = _Files(checkpoint, library, GgufWords((), max_shard_bytes=None), None)
+        name = f"mmproj-{file_stem(checkpoint)}-{kind.name}.gguf"
+        exports.append(
+            Export(checkpoint, layout, (files.plan(layout, name, projector_types(layout, kind.base), kind.number),))
+        )
+    return tuple(exports)
+
+
+def projector_types(layout: GgufLayout, kind: GgmlType) -> dict[str, GgmlType]:
+    """One type for every matrix of an mmproj file, as the converter's --outtype has it; F16 where it does not fit."""
+    return {
+        tensor.name: shapes.shaped(kind, tensor)
+        if shapes.quantisable(tensor)
+        else shapes.unquantised_type(tensor, kind)
+        for tensor in layout.tensors
+    }
+
+
+def file_stem(checkpoint: Checkpoint) -> str:
+    """What files of this checkpoint are called: the last part of its name, in letters that every system takes."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", checkpoint.name.rstrip("/").rsplit("/", 1)[-1]).strip("-.") or "model"
+
+
+def estimate(exports: Sequence[Export], out: Path, threads: int) -> GgufPreflight:
+    """Sizes to the byte, and a refusal of what cannot finish.
+
+    Raises:
+        MissingError: the disk or the memory is too small.
+    """
+    files = []
+    for export in exports:
+        for plan in export.planned:
+            header = plan.parts[0].data_start
+            kinds = sizes.file_size(header, plan.target.types, export.layout).kinds
+            files.append(FileCost(plan.target.name, len(plan.parts), plan.size_bytes, plan.bits_per_weight, kinds))
+    write = sum(one.size_bytes for one in files)
+    headers = sum(part.data_start for export in exports for plan in export.planned for part in plan.parts)
+    memory = _BASE_MEMORY_BYTES + _HEADER_COPIES * headers // max(len(files), 1) + headers
+    memory += threads * 8 * PIECE_ELEMENTS * 4
+    found = GgufPreflight(
+        tuple(files), sum(one.read_bytes for one in exports), write, store.free_bytes(out), memory,
+        machine.available_bytes(), threads,
+    )  # fmt: skip
+    store.need_disk(out, write)
+    if found.memory_bytes > found.available_bytes:
+        raise MissingError(
+            "not enough memory",
+            got=f"{found.available_bytes >> 20} MiB available",
+            wanted=f"{found.memory_bytes >> 20} MiB",
+            hint="fewer --threads",
+        )
+    return found
+
+
+def write_export(
+    exports: Sequence[Export],
+    out: Path,
+    *,
+    threads: int,
+    force: bool = False,
+    library: Library | None = None,
+    progress: Progress | None = None,
+) -> tuple[ExportReport, ...]:
+    """Write every file of every layout; see `export_gguf`."""
+    return tuple(
+        export_gguf(
+            one.checkpoint,
+            one.layout,
+            one.planned,
+            out,
+            threads=threads,
+            force=force,
+            library=library,
+            progress=progress,
+        )
+        for one in exports
+    )
+
+
+def _imatrix(path: Path, layout: GgufLayout, checkpoint: Checkpoint) -> Imatrix:
+    found = importance.fit(importance.read_imatrix(path), layout)
+    if found.model_fingerprint and found.model_fingerprint != checkpoint.fingerprint:
+        log.warning("%s was made from another checkpoint of the same shapes", path.name)
+    return found
+
+
+def _refuse_starved(asked: str, types: Mapping[str, GgmlType], imatrix: Imatrix | None) -> None:
+    starved = stock.starved_of_imatrix(asked, types)
+    missing = [name for name in starved if imatrix is None or name not in imatrix.entries]
+    if missing:
+        raise UsageError(
+            f"{asked} needs an importance matrix" if imatrix is None else "the importance matrix lacks tensors",
+            where=f"{missing[0]}" + (f" and {len(missing) - 1} more" if len(missing) > 1 else ""),
+            got=f"{types[missing[0]].name} without importances",
+            hint="make one with gemcut imatrix, and pass it with --imatrix",
+        )

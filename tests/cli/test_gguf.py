@@ -1,0 +1,132 @@
+"""`gemcut gguf` as a user meets it: files, tables, refusals, and what a second run finds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from gguf import GGUFReader, GGUFWriter
+
+from gemcut.cli.main import main
+from gemcut.gguf_file import open_gguf, read_gguf
+
+
+def gemcut(capsys: pytest.CaptureFixture[str], *args: object) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as end:
+        main([str(arg) for arg in args])
+    code = end.value.code
+    assert isinstance(code, int)
+    shown = capsys.readouterr()
+    assert "Traceback" not in shown.err
+    return code, shown.out, shown.err
+
+
+def test_many_types_from_one_read_and_nothing_the_second_time(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = ("gguf", "demo:moe", "-t", "q4_0", "-t", "Q8_0", "-o", tmp_path, "--threads", "2", "--json")
+    code, out, _ = gemcut(capsys, *args)
+    assert code == 0
+    files = json.loads(out)["reports"][0]["files"]
+    assert [file["name"] for file in files] == ["demo-moe-Q4_0.gguf", "demo-moe-Q8_0.gguf"]
+    for file in files:
+        theirs = GGUFReader(tmp_path / file["name"])
+        assert len(theirs.tensors) == file["quantised"] == 134
+        assert (tmp_path / file["name"]).stat().st_size == file["size_bytes"]
+    found = read_gguf(tmp_path / "demo-moe-Q8_0.gguf")
+    assert found.value("general.file_type") == 7
+    assert found.value("gemcut.parent.fingerprint")
+    code, out, _ = gemcut(capsys, *args)
+    assert [file["found"] for file in json.loads(out)["reports"][0]["files"]] == [True, True]
+
+
+def test_a_dry_run_says_the_size_to_the_byte_and_writes_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out_folder = tmp_path / "o"
+    args = ("gguf", "demo:dense", "-t", "Q8_0", "--tensor-type", "attn_k=f16", "-o", out_folder)
+    code, out, _ = gemcut(capsys, *args, "--dry-run", "--json")
+    assert code == 0
+    assert not out_folder.exists()
+    said = json.loads(out)
+    assert gemcut(capsys, *args)[0] == 0
+    file = read_gguf(out_folder / "demo-dense-Q8_0.gguf")
+    assert said["files"][0]["size_bytes"] == file.size_bytes == said["write_bytes"]
+    assert {r.kind.name for r in file.tensors.values() if "attn_k.weight" in r.name} == {"F16"}
+    code, out, _ = gemcut(capsys, *args, "--dry-run")
+    assert f"{file.size_bytes:,}" in out
+    assert "free" in out
+
+
+def test_parts_of_at_most_a_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert gemcut(capsys, "gguf", "demo:moe", "-t", "Q8_0", "-o", tmp_path, "--max-shard-size", "4MB")[0] == 0
+    parts = sorted(tmp_path.glob("*.gguf"))
+    assert len(parts) == 4
+    assert all(part.stat().st_size < 4_300_000 for part in parts)
+    assert len(open_gguf(parts[2]).tensors) == 134
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "says"),
+    [
+        ((), 2, "no file type"),
+        (("-t", "Q9_K"), 2, "no such file type"),
+        (("-t", "IQ2_M"), 2, "needs an importance matrix"),
+        (("-t", "Q8_0", "--tensor-type", "nothing=q4_k"), 2, "binds nothing"),
+        (("-t", "Q8_0", "--tensor-type", "attn_k=IQ3_M"), 2, "mix of types"),
+        (("-t", "Q8_0", "--max-shard-size", "many"), 2, "not a size"),
+        (("-t", "Q8_0", "--mmproj", "F16"), 2, "no vision tower"),
+        (("-t", "Q8_0", "--imatrix", "no/such.gguf"), 2, "no such imatrix"),
+    ],
+)
+def test_refusals(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], args: tuple[str, ...], code: int, says: str
+) -> None:
+    found, _, err = gemcut(capsys, "gguf", "demo:dense", "-o", tmp_path / "o", *args)
+    assert found == code
+    assert says in err
+    assert not (tmp_path / "o").exists()
+
+
+def write_imatrix(path: Path, columns: int = 256, name: str = "blk.0.attn_q.weight") -> None:
+    writer = GGUFWriter(path, "imatrix")
+    writer.add_type("imatrix")
+    writer.add_array("imatrix.datasets", ["/somebody/calibration.txt"])
+    writer.add_uint32("imatrix.chunk_count", 3)
+    writer.add_uint32("imatrix.chunk_size", 512)
+    writer.add_tensor(f"{name}.in_sum2", np.linspace(1, 9, columns, dtype=np.float32)[None])
+    writer.add_tensor(f"{name}.counts", np.full((1, 1), 4, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_the_imatrix_is_used_and_named_without_its_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    matrix = tmp_path / "deep" / "calibration.gguf"
+    matrix.parent.mkdir()
+    write_imatrix(matrix)
+    for where, more in (("plain", ()), ("weighed", ("--imatrix", matrix))):
+        assert gemcut(capsys, "gguf", "demo:dense", "-t", "Q4_K_S", "-o", tmp_path / where, *more)[0] == 0
+    plain, weighed = (read_gguf(tmp_path / w / "demo-dense-Q4_K_S.gguf") for w in ("plain", "weighed"))
+    differ = [name for name in plain.tensors if plain.read(name).tobytes() != weighed.read(name).tobytes()]
+    assert differ == ["blk.0.attn_q.weight"]
+    assert weighed.value("quantize.imatrix.file") == "calibration.gguf"
+    assert weighed.value("quantize.imatrix.dataset") == "calibration.txt"
+    assert weighed.value("quantize.imatrix.entries_count") == 1
+    assert weighed.value("quantize.imatrix.chunks_count") == 3
+    assert str(tmp_path).encode() not in (tmp_path / "weighed" / "demo-dense-Q4_K_S.gguf").read_bytes()
+
+
+@pytest.mark.parametrize(("columns", "name"), [(128, "blk.0.attn_q.weight"), (256, "blk.99.attn_q.weight")])
+def test_an_imatrix_of_another_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], columns: int, name: str
+) -> None:
+    write_imatrix(tmp_path / "i.gguf", columns, name)
+    code, _, err = gemcut(
+        capsys, "gguf", "demo:dense", "-t", "Q4_K_S", "-o", tmp_path / "o", "--imatrix", tmp_path / "i.gguf"
+    )
+    assert code == 4
+    assert "another model" in err
