@@ -2,7 +2,8 @@
 
 Every checkpoint goes through its layers once, one layer in memory; its last hidden states are kept (10 KB a token for a
 26B model, where logits would be 1 MB). The head then runs for the base and all candidates together, a few positions at
-a time, so that several candidates share the base's pass and nothing of vocabulary size is ever stored.
+a time, so that several candidates share the base's pass and nothing of vocabulary size is ever stored. A GGUF file, as
+base or as candidate, is run by llama.cpp in step with that: its own logits, from the same token ids.
 
 Scored are all next-token positions of every item: an item of T tokens (BOS first) has T − 1. Every scored token counts
 once; item weights belong to calibration and are not used here.
@@ -11,7 +12,6 @@ once; item weights belong to calibration and are not used here.
 from __future__ import annotations
 
 import contextlib
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,19 +21,31 @@ import psutil
 import torch
 
 from gemcut.checkpoint.read import Checkpoint
-from gemcut.errors import CheckpointError, QualityError, UsageError
+from gemcut.errors import QualityError, UsageError
 from gemcut.evaluate.chunks import KldChunks
 from gemcut.evaluate.interval import RESAMPLES, Bootstrap
+from gemcut.evaluate.kld_sources import (
+    Compared,
+    Heads,
+    Lockstep,
+    Source,
+    check_ids,
+    fingerprint_of,
+    name_of,
+    stream_states,
+    vocabulary_of,
+)
 from gemcut.evaluate.kld_tile import compare, rows_per_tile
+from gemcut.evaluate.rows import ALL, Measured, chunks_of, classes_of, kld_row, renumbered, rows_of, sums
+from gemcut.ggml.model import Model
+from gemcut.gguf_file.header import GgufFile
 from gemcut.stream.corpus import Corpus
-from gemcut.stream.hidden import BATCH_TOKENS, Progress, Slabs, final_hidden, scored_positions
-from gemcut.stream.model import StreamedModel
-from gemcut.stream.rendering import tokenizer_hash
-from gemcut.types import F64, I64, Estimate, KldResult, KldRow
+from gemcut.stream.hidden import BATCH_TOKENS, Progress, Slabs, scored_positions
+from gemcut.types import Estimate, KldResult
 
-log = logging.getLogger(__name__)
-
-ALL = "all"
+# Of the free memory, for the mapped files that run at the same time: what does not stay in memory is read again for
+# every batch of tokens.
+_MAPPED_SHARE = 0.8
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,11 +77,15 @@ class KldSettings:
     """How the models run, and what the intervals are drawn from.
 
     device: "cpu", "cuda", "cuda:1".
-    dtype: of the layers: "float32", "bfloat16", …; None or "auto": as the base is stored. Heads compute in float32.
+    dtype: of the layers: "float32", "bfloat16", …; None or "auto": as the base is stored, but float32 beside a GGUF,
+        whose arithmetic is nearer to that: the noise floor is a tenth. Heads compute in float32.
     seed, resamples: of the bootstrap.
     chunk_tokens: what is resampled is a whole item (None), or runs of at most this many scored tokens of one.
     batch_tokens: padded positions that go through a layer together.
     memory_bytes: hidden states beyond this lie in a nameless file in `scratch`; None: a quarter of what is free.
+    threads: of llama.cpp, for GGUF files; None: the cores that are free.
+    context_tokens: predictions at this many first positions of an item are not scored: they only give context.
+    tokenizer: the folder whose tokenizer made the ids, where no compared model is a folder.
     """
 
     device: str = "cpu"
@@ -80,25 +96,17 @@ class KldSettings:
     batch_tokens: int = BATCH_TOKENS
     memory_bytes: int | None = None
     scratch: Path | None = None
+    threads: int | None = None
+    context_tokens: int = 0
+    tokenizer: Path | None = None
 
 
 DEFAULTS = KldSettings()
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Measured:
-    """Per scored token: chunk int64 [T] (0 … N−1); nll float64 [M, T], kl float64 [M−1, T], same bool [M−1, T]."""
-
-    dtype: str
-    chunk: I64
-    nll: F64
-    kl: F64
-    same: np.ndarray[tuple[int, int], np.dtype[np.bool_]]
-
-
 def kld(
-    base: Checkpoint,
-    candidates: Sequence[Checkpoint],
+    base: Compared,
+    candidates: Sequence[Compared],
     corpus: Corpus,
     settings: KldSettings = DEFAULTS,
     *,
@@ -114,32 +122,32 @@ def kld(
     Returns:
         One result per candidate, in order; rows are the classes (alphabetical), then "all".
     Raises:
-        UsageError: no candidate.
-        CheckpointError: another tokenizer or vocabulary than the base or the corpus.
+        UsageError: no candidate; settings that do not fit the corpus.
+        CheckpointError: another tokenizer or vocabulary than the base or the corpus; a GGUF that does not load.
         QualityError: a hidden state or a logit is not finite.
     """
     measured = _compared(base, candidates, corpus, settings, progress)
-    rows = _rows_of(corpus, measured)
+    rows, fingerprint = rows_of(corpus.classes, measured), fingerprint_of(base)
     draw = (settings.seed, settings.resamples)
     return [
         KldResult(
-            base_fingerprint=base.fingerprint,
-            candidate_fingerprint=candidate.fingerprint,
-            candidate=candidate.name,
+            base_fingerprint=fingerprint,
+            candidate_fingerprint=fingerprint_of(candidate),
+            candidate=name_of(candidate),
             corpus_hash=corpus.hash,
             template_hash=corpus.template_hash,
             dtype=measured.dtype,
             chunks=int(measured.chunk[-1]) + 1,
             seed=settings.seed,
-            rows=tuple(_kld_row(name, take, strata, measured, i, draw) for name, take, strata in rows),
+            rows=tuple(kld_row(name, take, strata, measured, i, draw) for name, take, strata in rows),
         )
         for i, candidate in enumerate(candidates)
     ]
 
 
 def kld_chunks(
-    base: Checkpoint,
-    candidates: Sequence[Checkpoint],
+    base: Compared,
+    candidates: Sequence[Compared],
     corpus: Corpus,
     settings: KldSettings = DEFAULTS,
     *,
@@ -147,26 +155,26 @@ def kld_chunks(
 ) -> KldChunks:
     """KL of every chunk and candidate, for paired comparisons. Positions, arguments, errors as in `kld`."""
     measured = _compared(base, candidates, corpus, settings, progress)
-    _, _, strata = _rows_of(corpus, measured)[-1]
+    _, _, strata = rows_of(corpus.classes, measured)[-1]
     tokens = np.bincount(measured.chunk).astype(np.int64)
-    kl = np.stack([_sums(one, measured.chunk) for one in measured.kl])
+    kl = np.stack([sums(one, measured.chunk) for one in measured.kl])
     return KldChunks(strata, tokens, kl, settings.seed, settings.resamples)
 
 
 def perplexity(
-    model: Checkpoint, corpus: Corpus, settings: KldSettings = DEFAULTS, *, progress: Progress | None = None
+    model: Compared, corpus: Corpus, settings: KldSettings = DEFAULTS, *, progress: Progress | None = None
 ) -> PplResult:
     """Perplexity per class and over all: exp(mean next-token loss). Positions, intervals, arguments as in `kld`."""
     measured = _measure([model], corpus, settings, progress)
     rows = []
-    for name, take, strata in _rows_of(corpus, measured):
-        chunk, tokens = _renumbered(measured.chunk[take])
+    for name, take, strata in rows_of(corpus.classes, measured):
+        chunk, tokens = renumbered(measured.chunk[take])
         bootstrap = Bootstrap(strata, settings.seed, settings.resamples)
-        loss = bootstrap.ratio(_sums(measured.nll[0, take], chunk), tokens)
+        loss = bootstrap.ratio(sums(measured.nll[0, take], chunk), tokens)
         rows.append(PplRow(name, int(tokens.sum()), loss, float(np.exp(loss.value))))
     return PplResult(
-        fingerprint=model.fingerprint,
-        model=model.name,
+        fingerprint=fingerprint_of(model),
+        model=name_of(model),
         corpus_hash=corpus.hash,
         template_hash=corpus.template_hash,
         dtype=measured.dtype,
@@ -180,184 +188,136 @@ def perplexity(
 
 
 def _compared(
-    base: Checkpoint,
-    candidates: Sequence[Checkpoint],
+    base: Compared,
+    candidates: Sequence[Compared],
     corpus: Corpus,
     settings: KldSettings,
     progress: Progress | None,
-) -> _Measured:
+) -> Measured:
     if not candidates:
-        raise UsageError("no candidate to compare with the base", where=base.name)
+        raise UsageError("no candidate to compare with the base", where=name_of(base))
     return _measure([base, *candidates], corpus, settings, progress)
 
 
-def _measure(
-    models: Sequence[Checkpoint], corpus: Corpus, settings: KldSettings, progress: Progress | None
-) -> _Measured:
+def _measure(models: Sequence[Compared], corpus: Corpus, settings: KldSettings, progress: Progress | None) -> Measured:
+    _check(models, corpus, settings)
+    memory = settings.memory_bytes
+    slabs = Slabs(int(psutil.virtual_memory().available) // 4 if memory is None else memory, settings.scratch)
+    roles = ["base", *(f"candidate {i}/{len(models) - 1}" for i in range(1, len(models)))]
+    streamed = [i for i, model in enumerate(models) if isinstance(model, Checkpoint)]
+    states, dtype = stream_states(
+        [(roles[i], model) for i, model in enumerate(models) if isinstance(model, Checkpoint)],
+        corpus,
+        slabs,
+        device=settings.device,
+        dtype=_layer_dtype(models, settings.dtype),
+        batch_tokens=settings.batch_tokens,
+        progress=progress,
+    )
+    measured = _blank(models, corpus, settings, dtype or "gguf")
+    groups = _groups(models)
+    for n, group in enumerate(groups):
+        label = "head, tokens" if len(groups) == 1 else f"head {n + 1}/{len(groups)}, tokens"
+        _run_group(models, dict(zip(streamed, states, strict=True)), group, corpus, settings, measured, progress, label)
+    if settings.context_tokens == 0:
+        return measured
+    at = np.concatenate([np.arange(len(row.ids) - 1) for row in corpus.items])
+    return measured.only(at >= settings.context_tokens)
+
+
+def _layer_dtype(models: Sequence[Compared], asked: str | None) -> str | None:
+    if asked not in (None, "auto"):
+        return asked
+    return "float32" if any(isinstance(model, GgufFile) for model in models) else None
+
+
+def _check(models: Sequence[Compared], corpus: Corpus, settings: KldSettings) -> None:
     if ALL in corpus.classes:
         raise UsageError(f"a class may not be named {ALL!r}: that row pools the classes", where="corpus")
     if settings.chunk_tokens is not None and settings.chunk_tokens < 1:
         raise UsageError("chunk_tokens is too small", got=settings.chunk_tokens, wanted="at least 1")
+    longest = max(len(row.ids) for row in corpus.items)
+    if not 0 <= settings.context_tokens < longest - 1:
+        got, wanted = settings.context_tokens, f"0 to {longest - 2}, so that something is scored"
+        raise UsageError("context_tokens does not fit the corpus", got=got, wanted=wanted)
+    folder = next((model.path for model in models if isinstance(model, Checkpoint)), settings.tokenizer)
     for model in models:
-        _check_vocabulary(model, models[0], corpus)
-    memory = settings.memory_bytes
-    slabs = Slabs(int(psutil.virtual_memory().available) // 4 if memory is None else memory, settings.scratch)
-    dtype = None if settings.dtype == "auto" else settings.dtype
-    hidden: list[torch.Tensor] = []
-    for i, checkpoint in enumerate(models):
-        with StreamedModel.open(checkpoint, device=settings.device, dtype=dtype) as streamed:
-            dtype = streamed.dtype_name  # the base decides for all
-            role = "base" if i == 0 else f"candidate {i}/{len(models) - 1}"
-            hidden.append(
-                final_hidden(
-                    streamed,
-                    corpus.items,
-                    slabs,
-                    batch_tokens=settings.batch_tokens,
-                    progress=progress,
-                    label=f"{role}: {checkpoint.name}",
-                )
-            )
-    nll, kl, same = _heads(models, hidden, corpus, settings.device, progress)
-    return _Measured(dtype or "", _chunks(corpus, settings.chunk_tokens), nll, kl, same)
+        check_ids(model, models[0], corpus, folder)
 
 
-def _check_vocabulary(model: Checkpoint, base: Checkpoint, corpus: Corpus) -> None:
-    found = tokenizer_hash(model.path)
-    if found != corpus.tokenizer_hash:
-        raise CheckpointError(
-            "the corpus was tokenised by another tokenizer than the model's",
-            where=model.name,
-            got=found[:12],
-            wanted=corpus.tokenizer_hash[:12],
-            hint="KL divergence needs the same token ids in both models",
-        )
-    if _vocabulary(model) != _vocabulary(base):
-        raise CheckpointError(
-            "the models have different vocabularies",
-            where=model.name,
-            got=f"{_vocabulary(model)} tokens",
-            wanted=f"{_vocabulary(base)} ({base.name})",
-        )
+def _blank(models: Sequence[Compared], corpus: Corpus, settings: KldSettings, dtype: str) -> Measured:
+    chunk = chunks_of(corpus, settings.chunk_tokens)
+    m, t = len(models), len(chunk)
+    kl, same = np.empty((m - 1, t)), np.empty((m - 1, t), dtype=np.bool_)
+    return Measured(dtype, chunk, classes_of(corpus), np.empty((m, t)), kl, same)
 
 
-def _vocabulary(model: Checkpoint) -> int:
-    size = model.text_config.get("vocab_size")
-    if not isinstance(size, int):
-        raise CheckpointError("config.json has no vocab_size", where=model.name)
-    return size
+def _groups(models: Sequence[Compared]) -> list[list[int]]:
+    """Candidates that run beside the base at a time, so that the mapped files of a group fit the free memory.
+
+    A base that is a GGUF runs again in every group; one that is a checkpoint was streamed once for all.
+    """
+    room = int(_MAPPED_SHARE * psutil.virtual_memory().available)
+    sizes = [model.size_bytes if isinstance(model, GgufFile) else 0 for model in models]
+    groups: list[list[int]] = [[]]
+    used = sizes[0]
+    for i in range(1, len(models)):
+        if groups[-1] and used + sizes[i] > room:
+            groups.append([])
+            used = sizes[0]
+        groups[-1].append(i)
+        used += sizes[i]
+    return groups
 
 
-def _heads(
-    models: Sequence[Checkpoint],
-    hidden: Sequence[torch.Tensor],
+def _run_group(
+    models: Sequence[Compared],
+    states: dict[int, torch.Tensor],
+    group: Sequence[int],
     corpus: Corpus,
-    device: str,
+    settings: KldSettings,
+    measured: Measured,
     progress: Progress | None,
-) -> tuple[F64, F64, np.ndarray[tuple[int, int], np.dtype[np.bool_]]]:
-    """Final norm, head and soft cap of every model in float32, a tile of positions at a time, all models together."""
+    label: str,
+) -> None:
+    """Logits of the base and some candidates, a tile of positions at a time, all together; figures into `measured`."""
     target = torch.from_numpy(np.concatenate([row.ids[1:] for row in corpus.items]))
-    total, m = len(target), len(models)
-    nll, kl = np.empty((m, total)), np.empty((m - 1, total))
-    same = np.empty((m - 1, total), dtype=np.bool_)
-    step = rows_per_tile(_vocabulary(models[0]))
+    step = rows_per_tile(vocabulary_of(models[0]))
+    members = [0, *group]
+    rows = [i - 1 for i in group]
     with contextlib.ExitStack() as stack:
-        heads: list[StreamedModel] = []
-        shared: dict[str, StreamedModel] = {}
-        for model in models:
-            key = _head_identity(model)
-            if key not in shared:  # a candidate with the base's own head needs no second copy of it
-                opened = StreamedModel.open(model, device=device, dtype="float32")
-                shared[key] = stack.enter_context(opened)
-            heads.append(shared[key])
-        for start in range(0, total, step):
-            stop = min(start + step, total)
+        heads = Heads(stack, settings.device)
+        sources: list[Source] = []
+        for i in members:
+            model = models[i]
+            if isinstance(model, Checkpoint):
+                sources.append(heads.open(model, states[i]))
+            else:
+                longest = max(len(row.ids) for row in corpus.items)
+                runner = Model(model.path, context=longest, threads=settings.threads)
+                sources.append(Lockstep(stack.enter_context(runner), corpus.items))
+        for start in range(0, len(target), step):
+            stop = min(start + step, len(target))
             logits = []
-            for model, head, states in zip(models, heads, hidden, strict=True):
-                out = head.head(states[start:stop].to(head.device, torch.float32))
+            for i, source in zip(members, sources, strict=True):
+                out = source.logits(start, stop)
                 if not bool(torch.isfinite(out).all()):
-                    _refuse_infinite(model, corpus, start, out)
-                logits.append(out)
+                    _refuse_infinite(models[i], corpus, start, out)
+                logits.append(out.to(logits[0].device) if logits else out)
             done = compare(logits, target[start:stop].to(logits[0].device))
-            nll[:, start:stop] = done.nll.cpu().numpy()
-            kl[:, start:stop] = done.kl.cpu().numpy()
-            same[:, start:stop] = done.same.cpu().numpy()
+            measured.nll[members, start:stop] = done.nll.cpu().numpy()
+            measured.kl[rows, start:stop] = done.kl.cpu().numpy()
+            measured.same[rows, start:stop] = done.same.cpu().numpy()
             if progress is not None:
-                progress(stop, total, "head, tokens")
-    return nll, kl, same
+                progress(stop, len(target), label)
 
 
-def _head_identity(model: Checkpoint) -> str:
-    """Equal strings: the same function from the last hidden state to logits."""
-    text = model.text_config
-    parts = [str(text.get(key)) for key in ("hidden_size", "rms_norm_eps", "final_logit_softcapping", "model_type")]
-    for name in sorted(model.tensors):
-        outside = ".layers." not in name and "vision" not in name and "audio" not in name
-        if outside and name.endswith(("embed_tokens.weight", "norm.weight", "lm_head.weight")):
-            parts.append(f"{name} {model.ref(name).dtype} {model.content_hash(name)}")
-    return "\n".join(parts)
-
-
-def _refuse_infinite(model: Checkpoint, corpus: Corpus, start: int, logits: torch.Tensor) -> None:
+def _refuse_infinite(model: Compared, corpus: Corpus, start: int, logits: torch.Tensor) -> None:
     at = start + int(torch.nonzero(~torch.isfinite(logits).all(-1))[0])
     begins = scored_positions(corpus.items)
     item = int(np.searchsorted(begins, at, side="right")) - 1
     raise QualityError(
         "a logit is not finite",
-        where=f"{model.name}, item {corpus.items[item].id!r}, token {at - int(begins[item])}",
+        where=f"{name_of(model)}, item {corpus.items[item].id!r}, token {at - int(begins[item])}",
         hint="look for the broken tensor with gemcut diff",
-    )
-
-
-# ---------------------------------------------------------------- rows of the table
-
-
-def _chunks(corpus: Corpus, chunk_tokens: int | None) -> I64:
-    """int64 [T]: the chunk of every scored token. Chunks never span two items."""
-    parts, count = [], 0
-    for row in corpus.items:
-        at = np.arange(len(row.ids) - 1, dtype=np.int64)
-        part = count + (np.zeros_like(at) if chunk_tokens is None else at // chunk_tokens)
-        parts.append(part)
-        count = int(part[-1]) + 1
-    return np.concatenate(parts)
-
-
-def _rows_of(corpus: Corpus, measured: _Measured) -> list[tuple[str, I64, I64]]:
-    """(name, positions [t], class of each chunk among them [n]) of every class, then of all."""
-    names = list(corpus.classes)
-    per_item = np.array([names.index(row.cls) for row in corpus.items], dtype=np.int64)
-    of_token = np.repeat(per_item, np.diff(scored_positions(corpus.items)))
-    firsts = np.flatnonzero(np.diff(measured.chunk, prepend=-1))
-    of_chunk = of_token[firsts]
-    rows = [(n, np.flatnonzero(of_token == i), of_chunk[of_chunk == i]) for i, n in enumerate(names)]
-    return [*rows, (ALL, np.arange(len(of_token), dtype=np.int64), of_chunk)]
-
-
-def _renumbered(chunk: I64) -> tuple[I64, I64]:
-    """Chunks as 0 … n−1 in order, and the tokens of each."""
-    _, inverse, counts = np.unique(chunk, return_inverse=True, return_counts=True)
-    return inverse.astype(np.int64), counts.astype(np.int64)
-
-
-def _sums(values: F64, chunk: I64) -> F64:
-    return np.bincount(chunk, weights=values).astype(np.float64)
-
-
-def _kld_row(name: str, take: I64, strata: I64, measured: _Measured, i: int, draw: tuple[int, int]) -> KldRow:
-    chunk, tokens = _renumbered(measured.chunk[take])
-    bootstrap = Bootstrap(strata, *draw)
-    kl = measured.kl[i, take]
-    first, second = measured.nll[0, take], measured.nll[i + 1, take]
-    median, p99 = bootstrap.quantiles(kl, chunk, (0.5, 0.99))
-    return KldRow(
-        cls=name,
-        tokens=int(tokens.sum()),
-        mean=bootstrap.ratio(_sums(kl, chunk), tokens),
-        median=median,
-        p99=p99,
-        same_top=bootstrap.ratio(_sums(measured.same[i, take].astype(np.float64), chunk), tokens),
-        ln_ppl_ratio=bootstrap.ratio(_sums(second - first, chunk), tokens),
-        ppl_base=float(np.exp(first.mean())),
-        ppl_candidate=float(np.exp(second.mean())),
     )
