@@ -12,9 +12,8 @@ from pathlib import Path
 
 from gemcut import head_stages, records, stages, store
 from gemcut.canary import CANARY, refuse_failed
-from gemcut.checkpoint import open_checkpoint
 from gemcut.errors import UsageError
-from gemcut.jobs import MODEL, STATISTICS, Job, healed_of
+from gemcut.jobs import MODEL, STATISTICS, Job, heal_in, healed_of
 from gemcut.recipe import STAGES, CanaryWords, HeadWords
 from gemcut.records.canary import load_canary
 from gemcut.records.importance import load_importance
@@ -150,22 +149,18 @@ class HeadJob(Job):
         return self.stage("salvage", "", {}, (asked.key,), build)
 
     def report(self, planned: Stage, stays: Stage, heal: Stage | None, verified: Stage, asked: Stage | None) -> None:
-        from gemcut import head_reporting  # matplotlib takes a second that the other stages need not wait for
+        from gemcut import reporting  # matplotlib takes a second that the other stages need not wait for
 
-        assert self.result.model is not None
         plan = plan_in(stays)
         dropped = max((len(one.drop) for one in plan.layers.values()), default=0)
-        self.result.report = head_reporting.write(
+        self.result.report = reporting.write_heads(
             self.recipe,
-            self.base,
-            open_checkpoint(self.result.model, self.named(f"h{plan.units - dropped}")),
+            self.facts(f"h{plan.units - dropped}"),
             plan=plan,
             restored=tuple(sorted(set(plan_in(planned).layers) - set(plan.layers))),
-            heal=healed_of(heal),
+            heal=heal_in(heal),
             canary=None if asked is None else load_canary(asked.folder / CANARY),
             checks=stages.load_checks(verified.folder),
-            measured=self.result.measured or {},
-            times=self.times(),
             out=self.result.folder / "report",
         )
 

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from gemcut import head_stages, models, records, stages, store
+from gemcut.checkpoint import open_checkpoint
 from gemcut.recipe import Measure
+from gemcut.records.heal import HEAL_FILE, HealReport, load_heal
 from gemcut.runs import Progress, Run, Stage, Stages
+
+if TYPE_CHECKING:
+    from gemcut.report import ReportData
 
 STATISTICS = "statistics"  # inside the observe stage's folder
 HEALED = "healed"  # inside the heal stage's
@@ -118,15 +124,26 @@ class Job:
         )
         self.result.measured = stages.measured(done.folder, list(cuts))
 
-    def named(self, suffix: str) -> str:
-        """What a cut of the base is called: its own last name, and the suffix."""
-        return f"{self.base.name.rpartition('/')[2].partition('@')[0].replace(':', '-')}-{suffix}"
+    def facts(self, suffix: str) -> ReportData:
+        """What the report says whatever was cut; the cut is called by its base's last name and the suffix."""
+        from gemcut import reporting  # matplotlib takes a second that the other stages need not wait for
 
-    def times(self) -> list[tuple[str, float, int]]:
-        """Name, seconds and peak memory in bytes of every stage so far."""
-        return [(s.folder.name.rsplit("-", 1)[0], s.seconds, s.peak_rss_bytes) for s in self.result.done]
+        assert self.result.model is not None
+        name = f"{self.base.name.rpartition('/')[2].partition('@')[0].replace(':', '-')}-{suffix}"
+        return reporting.facts(
+            self.recipe,
+            self.base,
+            open_checkpoint(self.result.model, name),
+            measured=self.result.measured or {},
+            times=[(s.folder.name.rsplit("-", 1)[0], s.seconds, s.peak_rss_bytes) for s in self.result.done],
+        )
 
 
 def healed_of(heal: Stage | None) -> Path | None:
     """Where a heal's tensors lie."""
     return None if heal is None else heal.folder / HEALED
+
+
+def heal_in(heal: Stage | None) -> HealReport | None:
+    """What a heal found."""
+    return None if heal is None else load_heal(heal.folder / HEALED / HEAL_FILE)

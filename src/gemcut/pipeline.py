@@ -17,12 +17,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from gemcut import stages, store
-from gemcut.checkpoint import open_checkpoint
 from gemcut.errors import UsageError
 from gemcut.head_pipeline import HeadJob
-from gemcut.jobs import MODEL, STATISTICS, Job, healed_of
+from gemcut.jobs import MODEL, STATISTICS, Job, heal_in
 from gemcut.recipe import STAGES, Choice, PlanWords, Recipe, resolved
-from gemcut.records.heal import HEAL_FILE, load_heal
 from gemcut.runs import Progress, Run, Stage, lock
 
 
@@ -104,24 +102,16 @@ class ExpertJob(Job):
         )
 
     def report(self, observed: Stage, plans: Mapping[str, Stage], heal: Stage | None, verified: Stage) -> None:
-        from gemcut import (  # matplotlib takes a second that the other stages need not wait for
-            head_reporting,
-            reporting,
-        )
+        from gemcut import reporting  # matplotlib takes a second that the other stages need not wait for
 
-        assert self.result.model is not None
-        healed = healed_of(heal)
-        refit = load_heal(healed / HEAL_FILE) if healed else None
-        self.result.report = reporting.write(
+        self.result.report = reporting.write_experts(
             self.recipe,
-            self.base,
-            open_checkpoint(self.result.model, self.named(f"{self.words.keep}e")),
+            self.words,
+            self.facts(f"{self.words.keep}e"),
             statistics=observed.folder / STATISTICS,
             planned={label: stages.load_planned(planned.folder) for label, planned in plans.items()},
-            checks=(*stages.load_checks(verified.folder), *head_reporting.heal_checks(refit)),
-            extras=head_reporting.heal_table(refit, kind="experts"),
-            measured=self.result.measured or {},
-            times=self.times(),
+            checks=stages.load_checks(verified.folder),
+            heal=heal_in(heal),
             out=self.result.folder / "report",
         )
 

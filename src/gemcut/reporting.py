@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +12,13 @@ import yaml
 from gemcut import machine, records
 from gemcut.checkpoint import Checkpoint, inspect
 from gemcut.recipe import PlanWords, Recipe, resolved, shipped
-from gemcut.report import Check, CriterionNote, Extra, KldEntry, ModelFacts, ReportData, StageTime, write_report
+from gemcut.records.canary import CanaryResult
+from gemcut.records.heal import HealReport
+from gemcut.report import Check, CriterionNote, KldEntry, ModelFacts, ReportData, StageTime, write_report
+from gemcut.report.canaries import canary_checks, canary_tables
+from gemcut.report.heals import heal_checks, heal_tables
 from gemcut.score import CRITERIA
+from gemcut.score.heads import HEAD_CRITERIA
 from gemcut.types import KldResult, Plan, Scores
 
 DEMO_LIMIT = "Demo figures: measured on a small model that was trained for this purpose, not on a released one."
@@ -71,57 +76,109 @@ def _card_facts(folder: Path) -> dict[str, str | None]:
     }
 
 
-def write(
+def facts(
     recipe: Recipe,
     base: Checkpoint,
     candidate: Checkpoint,
     *,
-    statistics: Path,
-    planned: Mapping[str, Planned],
-    checks: Sequence[Check],
     measured: Mapping[str, KldResult],
     times: Sequence[tuple[str, float, int]],
-    out: Path,
-    extras: Sequence[Extra] = (),
-) -> Path:
-    """Write the page and the card; returns index.html."""
+) -> ReportData:
+    """What every report of a run says, whatever was cut."""
     chosen = recipe.score.name
-    main = planned[chosen]
-    words_of_plan = recipe.plan
-    assert isinstance(words_of_plan, PlanWords)
-    keep = words_of_plan.keep
-    stats = records.load_statistics(statistics)
-    words = [recipe.score, *recipe.compare]
-    used = {word.criterion for word in words}
-    data = ReportData(
-        title=recipe.report.title or f"{base.name}: {main.plan.units} → {keep} experts",
+    return ReportData(
+        title=recipe.report.title or "",
         base=model_facts(base),
         candidate=model_facts(candidate),
-        plan=main.plan,
-        scores={main.plan.criterion: main.scores},
-        statistics=stats,
-        keep_probability=main.keep_probability,
-        bootstrap_rounds=words_of_plan.guards.bootstrap if main.keep_probability is not None else 0,
-        protected=main.protected,
-        kld=tuple(KldEntry(name, measured[name]) for name in planned if name in measured),
+        kld=tuple(KldEntry(name, result) for name, result in measured.items()),
         chosen=chosen if chosen in measured else None,
         manifest=records.load_manifest(candidate.path / "manifest.json"),
-        checks=tuple(checks),
         stages=tuple(StageTime(name, seconds, peak) for name, seconds, peak in times),
         recipe=resolved(recipe),
         commands=commands(recipe),
         limits=(DEMO_LIMIT,) if base.name.startswith("demo:") else (),
         versions={"gemcut": version(), **machine.stack()},
-        seeds={
-            "bootstrap of the plan": words_of_plan.guards.seed,
-            **({"bootstrap of the KLD": recipe.kld.seed} if recipe.kld else {}),
-        },
-        criteria=tuple(CriterionNote(name, one.about, one.source) for name, one in CRITERIA.items() if name in used),
+        seeds={"bootstrap of the KLD": recipe.kld.seed} if recipe.kld else {},
         calibration_corpus=public_name(recipe.observe.corpus),
         evaluation_corpus=public_name(recipe.kld.corpus) if recipe.kld else "",
-        extras=tuple(extras),
+    )
+
+
+def write_experts(
+    recipe: Recipe,
+    words: PlanWords,
+    common: ReportData,
+    *,
+    statistics: Path,
+    planned: Mapping[str, Planned],
+    checks: Sequence[Check],
+    heal: HealReport | None,
+    out: Path,
+) -> Path:
+    """Write the page and the card of a cut of experts; returns index.html."""
+    main = planned[recipe.score.name]
+    used = {word.criterion for word in (recipe.score, *recipe.compare)}
+    sampled = main.keep_probability is not None
+    data = replace(
+        common,
+        title=common.title or f"{common.base.name}: {main.plan.units} → {words.keep} experts",
+        plan=main.plan,
+        scores={main.plan.criterion: main.scores},
+        statistics=records.load_statistics(statistics),
+        keep_probability=main.keep_probability,
+        bootstrap_rounds=words.guards.bootstrap if sampled else 0,
+        protected=main.protected,
+        checks=(*checks, *heal_checks(heal)),
+        seeds={"bootstrap of the plan": words.guards.seed, **common.seeds},
+        criteria=tuple(CriterionNote(name, one.about, one.source) for name, one in CRITERIA.items() if name in used),
+        extras=heal_tables(heal, "experts"),
     )
     return write_report(data, out, force=True).index_html
+
+
+def write_heads(
+    recipe: Recipe,
+    common: ReportData,
+    *,
+    plan: Plan,
+    restored: tuple[int, ...],
+    checks: Sequence[Check],
+    heal: HealReport | None,
+    canary: CanaryResult | None,
+    out: Path,
+) -> Path:
+    """Write the page and the card of a cut of heads; returns index.html.
+
+    Args:
+        restored: layers that were cut first and have the base's bytes again, because the canary failed with them.
+    """
+    one = HEAD_CRITERIA[recipe.score.criterion]
+    dropped = max((len(layer.drop) for layer in plan.layers.values()), default=0)
+    share = f"{dropped} of {plan.units} query heads in {len(plan.layers)} layers"
+    data = replace(
+        common,
+        title=common.title or f"{common.base.name}: without {share}",
+        plan=plan,
+        checks=(*checks, *canary_checks(canary), *heal_checks(heal)),
+        criteria=(CriterionNote(one.name, one.about, one.source),),
+        extras=(*heal_tables(heal, "heads"), *canary_tables(canary)),
+        notes=_notes(plan, restored),
+    )
+    return write_report(data, out, force=True).index_html
+
+
+def _notes(plan: Plan, restored: tuple[int, ...]) -> tuple[str, ...]:
+    listed = plan.params.get("notes")
+    notes = [str(note) for note in listed] if isinstance(listed, list) else []
+    if restored:
+        several = "Layers" if len(restored) > 1 else "Layer"
+        have = "have" if len(restored) > 1 else "has"
+        numbers = ", ".join(map(str, restored))
+        notes.append(
+            f"{several} {numbers} {have} the base's bytes: the cut of all planned layers failed the canary, and what "
+            "is written is the largest set of layers that passed among those tried."
+        )
+    return tuple(notes)
 
 
 def commands(recipe: Recipe) -> tuple[str, ...]:
