@@ -165,9 +165,17 @@ def test_a_pipe_and_an_absent_file(tmp_path: Path) -> None:
         read_gguf(tmp_path / "absent.gguf")
 
 
-@pytest.mark.parametrize("kind", [0, 7, 8, 12])
-def test_memory_follows_the_file_and_not_its_claims(tmp_path: Path, kind: int) -> None:
-    claims = Raw(pairs=(*PAIRS, pair("k", 9, struct.pack("<IQ", kind, 90_000_000))))
+@pytest.mark.parametrize(
+    "claim",
+    [
+        *(pair("k", 9, struct.pack("<IQ", kind, 90_000_000)) for kind in (0, 7, 8, 12)),
+        pair("k", 8, struct.pack("<Q", 200_000_000)),
+        struct.pack("<Q", 200_000_000),
+    ],
+    ids=["bytes", "truths", "strings", "doubles", "string", "key"],
+)
+def test_memory_follows_the_file_and_not_its_claims(tmp_path: Path, claim: bytes) -> None:
+    claims = Raw(pairs=(*PAIRS, claim))
     path = tmp_path / "m.gguf"
     path.write_bytes(claims.build())
     os.truncate(path, 1 << 30)  # sparse: the claim fits the file, and is still no vocabulary

@@ -9,7 +9,8 @@ from typing import NoReturn
 from gemcut.errors import CheckpointError
 
 MAX_HEADER_BYTES = 256 << 20  # ten times the largest vocabulary and merge list known; a real header is under 32 MiB
-MAX_MEMBERS = 8 << 20  # of all arrays together; in Python each takes some 60 bytes. Gemma's vocabulary has 1.3 million
+MAX_MEMBERS = 4 << 20  # of all arrays together; in Python each takes some 60 bytes. Gemma's vocabulary has 1.3 million
+MAX_TEXT_BYTES = 16 << 20  # of one string; the longest chat templates have some 100 KiB
 _FIRST_BYTES = 1 << 20
 _LENGTH = struct.Struct("<Q")
 
@@ -98,6 +99,8 @@ class Cursor:
                 start = at + 8
                 at = start + unpack(held, at)[0]
                 if at > have:
+                    if at - start > MAX_TEXT_BYTES and at <= self.size_bytes:
+                        self.bad(f"{what} has too long a string", got=f"{at - start} bytes")
                     self._hold(at, what)
                     held, have = self._held, len(self._held)
                 out.append(str(held[start:at], "utf-8"))
