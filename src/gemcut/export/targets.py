@@ -11,6 +11,7 @@ import numpy as np
 from blake3 import blake3
 
 from gemcut.errors import UsageError
+from gemcut.export.mix.stock import file_order
 from gemcut.families.gguf import GgufLayout, GgufTensor, Value
 from gemcut.ggml.quantise import requires_imatrix
 from gemcut.ggml.types import GgmlType
@@ -98,7 +99,7 @@ def plan_target(
     """
     if not target.name.endswith(".gguf") or "/" in target.name:
         raise UsageError("not the name of a GGUF file", got=target.name, wanted="NAME.gguf")
-    tensors = sorted(layout.tensors, key=file_order)
+    tensors = sorted(layout.tensors, key=lambda tensor: file_order(tensor.name))
     missing = next((tensor.name for tensor in tensors if tensor.name not in target.types), None)
     if missing is not None:
         raise UsageError("the mix gives a tensor no type", where=f"{missing} in {target.name}")
@@ -156,12 +157,6 @@ def importance_of(target: Target, tensor: GgufTensor, unit: int) -> F32 | None:
             wanted=tensor.shape[-1],
         )
     return found
-
-
-def file_order(tensor: GgufTensor) -> tuple[int, str]:
-    """Where llama-quantize writes a tensor: by block, those outside of blocks first, then by name."""
-    parts = tensor.name.split(".", 2)
-    return (int(parts[1]) if parts[0] == "blk" and len(parts) == 3 and parts[1].isdecimal() else -1, tensor.name)
 
 
 def count_types(types: Mapping[str, GgmlType], names: Sequence[str]) -> dict[str, int]:

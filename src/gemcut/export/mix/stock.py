@@ -75,7 +75,7 @@ def stock_types(
     mix = _Mix(kind, layout, imatrix)
     chosen: dict[str, GgmlType] = {}
     bound: set[int] = set()
-    for tensor in sorted(layout.tensors, key=lambda one: _file_order(one.name)):
+    for tensor in sorted(layout.tensors, key=lambda one: file_order(one.name)):
         match = first_match(overrides, tensor.name)
         if not quantisable(tensor):
             chosen[tensor.name] = unquantised_type(tensor, unquantised)
@@ -169,7 +169,7 @@ def _layer(name: str) -> int:
     return int(found.group(1))
 
 
-def _file_order(name: str) -> tuple[int, str]:
+def file_order(name: str) -> tuple[int, str]:
     """llama.cpp goes through tensors by layer, then by name, whatever their order in the file."""
     found = _BLOCK_OF.match(name)
     return (int(found.group(1)) if found else -1, name)
