@@ -24,6 +24,7 @@ EXAMPLES = {
     "demo": "gemcut demo",
     "inspect": "gemcut inspect demo:moe",
     "observe": "gemcut observe demo:moe --corpus demo:calibration -o stats",
+    "merge": "gemcut merge stats-code stats-math -o stats",
     "score": "gemcut score stats --criterion reap",
     "plan": "gemcut plan experts stats --keep 16 --criterion class_max -o plan.json --explain 4:17\n"
     "gemcut plan heads stats --model demo:dense --drop 0.125 --layers 0-3 -o plan.json",

@@ -13,7 +13,7 @@ from tests.observe.conftest import corpus_of, make_corpus
 
 from gemcut.checkpoint.read import Checkpoint
 from gemcut.errors import CheckpointError, UsageError
-from gemcut.observe.merge import merge, merge_statistics
+from gemcut.observe.merge import merge, merge_meta
 from gemcut.observe.run import observe
 from gemcut.observe.settings import ObserveSettings
 from gemcut.records.statistics import load_statistics
@@ -36,7 +36,7 @@ def parts(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, P
 
 def test_folders_add_up(parts: tuple[Path, Path, Path], tmp_path: Path) -> None:
     a, b, whole = parts
-    out = merge(a, b, tmp_path / "both")
+    out = merge([a, b], tmp_path / "both")
     found, wanted = load_statistics(out), load_statistics(whole)
     assert found.meta.questions == wanted.meta.questions
     assert found.meta.classes == wanted.meta.classes
@@ -48,29 +48,33 @@ def test_folders_add_up(parts: tuple[Path, Path, Path], tmp_path: Path) -> None:
             np.testing.assert_allclose(x[name], y[name], rtol=1e-5, atol=1e-5 * scale, err_msg=name)
 
 
-def test_memory_and_disk_merge_alike(parts: tuple[Path, Path, Path], tmp_path: Path) -> None:
+def test_three_parts_are_two_and_one(tiny: Tiny, parts: tuple[Path, Path, Path], tmp_path: Path) -> None:
     a, b, _ = parts
-    on_disk = load_statistics(merge(a, b, tmp_path / "both"))
-    in_memory = merge_statistics(load_statistics(a), load_statistics(b))
-    assert in_memory.meta == on_disk.meta
-    for name, value in on_disk.by_class.items():
-        assert (in_memory.by_class[name] == value).all(), name
-    for name, per_question in on_disk.by_question.items():
-        assert (in_memory.by_question[name] == per_question).all(), name
+    c = observe(tiny("moe"), make_corpus(2, seed=9, prefix="more"), tmp_path / "c", settings=SETTINGS)
+    at_once = load_statistics(merge([a, b, c], tmp_path / "at-once"))
+    in_turn = load_statistics(merge([merge([a, b], tmp_path / "two"), c], tmp_path / "in-turn"))
+    assert at_once.meta == in_turn.meta
+    for name, value in in_turn.by_class.items():
+        assert (at_once.by_class[name] == value).all(), name
+    for i in range(6):
+        x, y = (load_file(tmp_path / f / f"layer-{i:03d}.safetensors") for f in ("at-once", "in-turn"))
+        assert all((x[name] == y[name]).all() for name in y)
+    with pytest.raises(UsageError, match="two observations are needed"):
+        merge([a], tmp_path / "alone")
 
 
 def test_the_same_question_twice_is_refused(parts: tuple[Path, Path, Path], tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="questions are in both"):
-        merge(parts[0], parts[2], tmp_path / "out")
+        merge([parts[0], parts[2]], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("field", ["dtype", "model_fingerprint", "template_hash", "bos_policy", "experts", "stack"])
 def test_what_differs_is_named(parts: tuple[Path, Path, Path], field: str) -> None:
-    a, b = load_statistics(parts[0]), load_statistics(parts[1])
+    a, b = load_statistics(parts[0]).meta, load_statistics(parts[1]).meta
     other = {"experts": 9, "stack": {"torch": "0"}}.get(field, "other")
     with pytest.raises(UsageError, match=f"different {field}"):
-        merge_statistics(a, replace(b, meta=replace(b.meta, **{field: other})))
+        merge_meta(a, replace(b, **{field: other}))  # type: ignore[arg-type]
 
 
 def test_a_damaged_part_is_refused(parts: tuple[Path, Path, Path], tmp_path: Path) -> None:
@@ -80,5 +84,5 @@ def test_a_damaged_part_is_refused(parts: tuple[Path, Path, Path], tmp_path: Pat
     path = bad / "layer-002.safetensors"
     path.write_bytes(path.read_bytes()[:-1] + b"\x7f")
     with pytest.raises(CheckpointError, match="layer 2"):
-        merge(bad, parts[1], tmp_path / "out")
+        merge([bad, parts[1]], tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -108,7 +108,6 @@ def test_one_layer_is_in_memory(folders: dict[str, Path]) -> None:
         with model.layer(2) as layer:
             assert not any(p.is_meta for p in layer.parameters())
             assert model._embedding.weight.is_meta
-            assert sum(p.numel() * 2 for p in layer.state_dict().values()) == model.layer_bytes(2)
             model.run_layer(layer, hidden)
         assert all(p.is_meta for p in layer.parameters())
         assert layer.layer_scalar.is_meta

@@ -15,6 +15,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "demo": ("gemcut.cli.run:demo", "The main job, end to end, on the checkpoint that ships with the project."),
     "inspect": ("gemcut.cli.checkpoints:inspect", "What a checkpoint is, its sizes, what can be cut. Headers only."),
     "observe": ("gemcut.cli.statistics:observe", "One streamed pass over a corpus; every statistic at once; resumes."),
+    "merge": ("gemcut.cli.statistics:merge", "Add up observations of one model on different corpora."),
     "score": ("gemcut.cli.statistics:score", "Rank the experts by a criterion. Seconds, no model."),
     "plan": ("gemcut.cli.plans:plan", "Decide which units stay, and say why."),
     "ablate": ("gemcut.cli.heads:ablate", "What the loss says about every attention head, one layer in memory."),

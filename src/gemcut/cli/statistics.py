@@ -1,4 +1,4 @@
-"""`observe` and `score`."""
+"""`observe`, `merge` and `score`."""
 
 from __future__ import annotations
 
@@ -51,6 +51,12 @@ def observe(
         return
     talk.say(f"{base.name}: {len(text.items)} items, {text.tokens:,} tokens, classes {', '.join(text.classes)}")
     stages.observe(base, text, Path(out), words, force=force, progress=talk.progress)
+    _show_statistics(talk, out)
+
+
+def _show_statistics(talk: Talk, out: str) -> None:
+    from gemcut import stages
+
     summary = stages.statistics_summary(Path(out))
     talk.result(
         summary,
@@ -58,6 +64,23 @@ def observe(
         text=f"{out}: {summary['tokens']:,} tokens, {summary['items']} items"
         + (f", {summary['layers']} layers with experts" if summary["layers"] else ""),
     )
+
+
+@click.command()
+@click.argument("stats", nargs=-1, required=True)
+@options.out_folder
+@options.force
+@options.talk
+def merge(stats: tuple[str, ...], out: str, force: bool, talk: Talk) -> None:
+    """Add up observations of one model on different corpora.
+
+    The result is what one observation of all of them would be, up to rounding: a corpus can be observed in parts, on
+    several machines, or grow later.
+    """
+    from gemcut.observe.merge import merge as add_up
+
+    add_up([Path(one) for one in stats], Path(out), force=force, progress=talk.progress)
+    _show_statistics(talk, out)
 
 
 @click.command()

@@ -1,22 +1,24 @@
-"""Two observations of one model on two corpora are one observation of both: sums add, maxima take the larger."""
+"""Observations of one model on several corpora are one observation of all: sums add, maxima take the larger."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
+from itertools import accumulate
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 from gemcut.errors import CheckpointError, UsageError
 from gemcut.observe.folder import REQUEST_FILE, save_layer
-from gemcut.records.statistics import LayerFile, StatisticsIndex, load_statistics_index, save_statistics_index
-from gemcut.store import atomic_folder, fingerprint, read_json, sha256_file, write_json
-from gemcut.types import EXPERT_MAXIMA, EXPERT_SUMS, F32, F64, QUESTION_SUMS, Json, Statistics, StatisticsMeta
+from gemcut.records.statistics import LayerFile, load_statistics_index, save_statistics_index
+from gemcut.store import atomic_folder, fingerprint, need_disk, read_json, sha256_file, write_json
+from gemcut.types import Json, StatisticsMeta
+
+Progress = Callable[[int, int, str], None]
 
 # What may differ between two observations that are merged: the corpus, and what follows from it.
 _OF_THE_CORPUS = {
@@ -51,63 +53,61 @@ def merge_meta(a: StatisticsMeta, b: StatisticsMeta) -> StatisticsMeta:
     )
 
 
-def merge_statistics(a: Statistics, b: Statistics) -> Statistics:
-    """In memory: by_class float64 [C', L, E], by_question float32 [Qa + Qb, L, E]. Raises as `merge_meta`."""
-    meta = merge_meta(a.meta, b.meta)
-    row = {name: i for i, name in enumerate(meta.classes)}
-    by_class: dict[str, F64] = {}
-    for name in (*EXPERT_SUMS, *EXPERT_MAXIMA):
-        out = np.zeros((len(row), *a.by_class[name].shape[1:]))
-        for part in (a, b):
-            at = [row[cls] for cls in part.meta.classes]
-            old = out[at]
-            out[at] = np.maximum(old, part.by_class[name]) if name in EXPERT_MAXIMA else old + part.by_class[name]
-        by_class[name] = out
-    by_question: dict[str, F32] = {n: np.concatenate([a.by_question[n], b.by_question[n]]) for n in QUESTION_SUMS}
-    return Statistics(meta, fingerprint({"merged": [a.fingerprint, b.fingerprint]}), by_class, by_question)
+def merge(parts: Sequence[Path], out: Path, *, force: bool = False, progress: Progress | None = None) -> Path:
+    """Merge two or more statistics folders into one, layer by layer, linear and Gram sums included.
 
+    Memory holds two parts of one layer. Merging is associative up to the rounding of float64 sums.
 
-def merge(a: Path, b: Path, out: Path, *, force: bool = False) -> Path:
-    """Merge two statistics folders into a third, layer by layer, linear and Gram sums included.
-
+    Args:
+        progress: called with (layers done, layers, label).
     Raises:
-        UsageError: they do not add up (see `merge_meta`), or `out` exists and not `force`.
+        UsageError: fewer than two, they do not add up (see `merge_meta`), or `out` exists and not `force`.
         CheckpointError: a folder is damaged.
     """
-    first, second = load_statistics_index(a), load_statistics_index(b)
-    meta = merge_meta(first.meta, second.meta)
-    requests = [read_json(folder / REQUEST_FILE, "observation") for folder in (a, b)]
-    layers = [one.layer for one in first.layers]
-    if layers != [one.layer for one in second.layers]:
-        raise CheckpointError("two observations of one model have different layers", where=str(b))
+    if len(parts) < 2:
+        raise UsageError("two observations are needed to merge", got=len(parts))
+    read = [(folder, load_statistics_index(folder)) for folder in parts]
+    metas = list(accumulate((index.meta for _, index in read), merge_meta))
+    requests = [read_json(folder / REQUEST_FILE, "observation") for folder in parts]
+    layers = [one.layer for one in read[0][1].layers]
+    for folder, index in read[1:]:
+        if [one.layer for one in index.layers] != layers:
+            raise CheckpointError("observations of one model have different layers", where=folder.name)
+    need_disk(out, sum((folder / one.file).stat().st_size for folder, index in read for one in index.layers))
     with atomic_folder(out, force=force) as folder:
-        files = [
-            _merge_layer(folder, (a, first, x), (b, second, y), meta)
-            for x, y in zip(first.layers, second.layers, strict=True)
-        ]
-        both: list[Json] = [request.get("fingerprint") for request in requests]
+        files = []
+        for i, layer in enumerate(layers):
+            sums, aliases = _load(read[0][0], read[0][1].layers[i])
+            for k in range(1, len(read)):
+                more, _ = _load(read[k][0], read[k][1].layers[i])
+                sums = _add(layer, (sums, metas[k - 1]), (more, read[k][1].meta), metas[k])
+            files.append(save_layer(folder, layer, sums, aliases))
+            if progress is not None:
+                progress(i + 1, len(layers), f"layer {layer}")
+        whole: list[Json] = [request.get("fingerprint") for request in requests]
         body: dict[str, Json] = {
-            "schema": 1, "fingerprint": fingerprint({"merged": both}), "merged": both,
+            "schema": 1, "fingerprint": fingerprint({"merged": whole}), "merged": whole,
             "aliases": requests[0].get("aliases"),
         }  # fmt: skip
         write_json(folder / REQUEST_FILE, body)
-        save_statistics_index(folder, meta, files)
+        save_statistics_index(folder, metas[-1], files)
     return out
 
 
-_Part = tuple[Path, StatisticsIndex, LayerFile]
+_Part = tuple[Mapping[str, torch.Tensor], StatisticsMeta]
 
 
-def _merge_layer(folder: Path, a: _Part, b: _Part, meta: StatisticsMeta) -> LayerFile:
-    (left, aliases), (right, _) = _load(a), _load(b)
+def _add(layer: int, a: _Part, b: _Part, meta: StatisticsMeta) -> dict[str, torch.Tensor]:
+    """Sums of one layer over both parts; `meta` is that of both."""
+    (left, first), (right, second) = a, b
     if left.keys() != right.keys():
         raise CheckpointError(
             "two observations of one layer hold different sums",
-            where=f"layer {a[2].layer}",
+            where=f"layer {layer}",
             got=", ".join(sorted(left.keys() ^ right.keys()))[:120],
         )
     row = {name: i for i, name in enumerate(meta.classes)}
-    at = [[row[cls] for cls in index.meta.classes] for _, index, _ in (a, b)]
+    at = [[row[cls] for cls in part.classes] for part in (first, second)]
     out: dict[str, torch.Tensor] = {}
     for name, x in left.items():
         y = right[name]
@@ -115,7 +115,7 @@ def _merge_layer(folder: Path, a: _Part, b: _Part, meta: StatisticsMeta) -> Laye
         if name.startswith("experts.by_question.") or name in ("near.sample_index", "near.sample_logit"):
             out[name] = torch.cat([x, y])
         elif name == "near.sample_token":
-            out[name] = torch.cat([x, y + a[1].meta.tokens])
+            out[name] = torch.cat([x, y + first.tokens])
         elif name.startswith("experts.by_class."):
             sums = torch.zeros((len(row), x.shape[1]), dtype=x.dtype)
             sums[at[0]] = x
@@ -125,20 +125,19 @@ def _merge_layer(folder: Path, a: _Part, b: _Part, meta: StatisticsMeta) -> Laye
             out[name] = _add_splits(x, y)
         else:
             out[name] = torch.maximum(x, y) if largest else x + y
-    return save_layer(folder, a[2].layer, out, aliases)
+    return out
 
 
 def _add_splits(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return x + y if x.shape == y.shape else x.sum(0, keepdim=True) + y.sum(0, keepdim=True)
 
 
-def _load(part: _Part) -> tuple[dict[str, torch.Tensor], Mapping[str, str]]:
-    folder, _, one = part
+def _load(folder: Path, one: LayerFile) -> tuple[dict[str, torch.Tensor], Mapping[str, str]]:
     path = folder / one.file
     if not path.is_file() or sha256_file(path) != one.sha256:
         raise CheckpointError(
             "a layer's statistics are not what was recorded",
-            where=f"layer {one.layer}, {one.file}",
+            where=f"{folder.name}, layer {one.layer}, {one.file}",
             hint="observe again",
         )
     with safe_open(path, framework="pt") as f:

@@ -164,15 +164,6 @@ class StreamedModel:
         layer = self._layers[i]
         return tuple(f"{self._names[id(layer)]}.{name}" for name in layer.state_dict())
 
-    def layer_bytes(self, i: int) -> int:
-        """Memory of layer `i` in the compute dtype."""
-        return sum(self.checkpoint.ref(name).elements for name in self.tensor_names(i)) * self.dtype.itemsize
-
-    def embedding_bytes(self) -> int:
-        """Memory of the embedding, and of a head that is not tied to it, in the compute dtype."""
-        refs = [self.checkpoint.ref(name) for name in self._ends()]
-        return sum(ref.elements for ref in refs) * self.dtype.itemsize
-
     # ------------------------------------------------------------ running
 
     @torch.no_grad()
@@ -237,6 +228,27 @@ class StreamedModel:
         """`head`, recorded for autograd. Weights are constants; ask for the gradient before the next `layer`."""
         return self._head(hidden)
 
+    @torch.enable_grad()
+    def head_parts(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """`head_with_grad`, what enters the output layer [T, H], and what leaves it before the soft cap [T, V]."""
+        seen: list[torch.Tensor] = []
+        hook = self._model.lm_head.register_forward_hook(lambda _, args, out: seen.extend((args[0], out)))
+        try:
+            logits = self._head(hidden)
+        finally:
+            hook.remove()
+        return logits, seen[0], seen[1]
+
+    def end_names(self) -> tuple[str, str]:
+        """Names on disk of the embedding and of the output layer: one name where they are tied."""
+        embedding, head = (self._stored(module)[0][2] for module in (self._embedding, self._model.lm_head))
+        return embedding, head
+
+    @property
+    def embedding_scale(self) -> float:
+        """What the embedding's rows are multiplied by before they enter the first layer."""
+        return float(getattr(self._embedding, "embed_scale", 1.0))
+
     def _head(self, hidden: torch.Tensor) -> torch.Tensor:
         self._load(self._model.lm_head)
         flat = hidden.reshape(-1, 1, hidden.shape[-1])  # T sequences of one token: no mask to build
@@ -247,12 +259,6 @@ class StreamedModel:
         finally:
             self._forget()
         return logits.reshape(*hidden.shape[:-1], logits.shape[-1])
-
-    @torch.no_grad()
-    def final_norm(self, hidden: torch.Tensor) -> torch.Tensor:
-        """The last layer's output [..., H] after the final norm: what the head multiplies."""
-        out: torch.Tensor = self._text.norm(hidden)
-        return out
 
     def close(self) -> None:
         """Free what is loaded and stop the read-ahead thread."""
