@@ -8,8 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from tests.cli.verb import gemcut
 
-from gemcut.cli.main import main
 from tiny import make_tiny
 
 Damage = Callable[[Path], None]
@@ -26,16 +26,6 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def base(whole: Path, tmp_path: Path) -> Path:
     shutil.copytree(whole, tmp_path / "base")
     return tmp_path / "base"
-
-
-def gemcut(capsys: pytest.CaptureFixture[str], *args: object) -> tuple[int, str]:
-    with pytest.raises(SystemExit) as end:
-        main([str(arg) for arg in args])
-    code = end.value.code
-    assert isinstance(code, int)
-    shown = capsys.readouterr().err
-    assert "Traceback" not in shown
-    return code, shown
 
 
 def shard(base: Path, number: int = 1) -> Path:
@@ -119,7 +109,7 @@ def test_damaged_checkpoints(
         "kld": (base, base, "--corpus", tmp_path / "c.jsonl", "-o", out),
         "canary": (base, base, "-o", out),
     }[verb]
-    got, shown = gemcut(capsys, verb, *args)
+    got, _, shown = gemcut(capsys, verb, *args)
     assert got == code, shown
     assert says in shown
     assert len(shown.strip().splitlines()) <= 4, shown
@@ -139,7 +129,7 @@ def test_damaged_checkpoints(
 )
 def test_bad_corpora(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, says: str) -> None:
     (tmp_path / "c.jsonl").write_text(text)
-    got, shown = gemcut(capsys, "observe", base, "--corpus", tmp_path / "c.jsonl", "-o", tmp_path / "out")
+    got, _, shown = gemcut(capsys, "observe", base, "--corpus", tmp_path / "c.jsonl", "-o", tmp_path / "out")
     assert got == 2, shown
     assert says in shown
     assert not list(tmp_path.glob("out*"))
@@ -147,7 +137,7 @@ def test_bad_corpora(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 def test_corpus_in_another_encoding(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "c.jsonl").write_bytes('{"id": "a", "class": "x", "text": "café"}\n'.encode("latin-1"))
-    got, shown = gemcut(capsys, "observe", base, "--corpus", tmp_path / "c.jsonl", "-o", tmp_path / "out")
+    got, _, shown = gemcut(capsys, "observe", base, "--corpus", tmp_path / "c.jsonl", "-o", tmp_path / "out")
     assert got == 2, shown
     assert "UTF-8" in shown
 
@@ -156,7 +146,7 @@ def test_plan_for_another_checkpoint(base: Path, tmp_path: Path, capsys: pytest.
     layers = {str(i): {"keep": [0, 1, 2, 3]} for i in range(6)}
     plan = {"schema": 1, "kind": "experts", "model": "0" * 64, "units": 8, "criterion": "hand", "layers": layers}
     (tmp_path / "plan.json").write_text(json.dumps(plan))
-    got, shown = gemcut(capsys, "cut", base, "--plan", tmp_path / "plan.json", "-o", tmp_path / "out")
+    got, _, shown = gemcut(capsys, "cut", base, "--plan", tmp_path / "plan.json", "-o", tmp_path / "out")
     assert got == 4, shown
     assert "another checkpoint" in shown
     assert not list(tmp_path.glob("out*"))
@@ -166,7 +156,7 @@ def test_existing_output_is_kept(base: Path, tmp_path: Path, capsys: pytest.Capt
     (tmp_path / "c.jsonl").write_text('{"id": "a", "class": "x", "text": "hello there"}\n')
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("mine")
-    got, shown = gemcut(capsys, "observe", base, "--corpus", tmp_path / "c.jsonl", "-o", tmp_path / "out")
+    got, _, shown = gemcut(capsys, "observe", base, "--corpus", tmp_path / "c.jsonl", "-o", tmp_path / "out")
     assert got == 2, shown
     assert (tmp_path / "out" / "mine").read_text() == "mine"
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["mine"]

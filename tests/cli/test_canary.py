@@ -7,25 +7,15 @@ import shutil
 from pathlib import Path
 
 import pytest
+from tests.cli.verb import gemcut
 
 from gemcut.checkpoint import open_checkpoint
 from gemcut.checkpoint.write import write_checkpoint
-from gemcut.cli.main import main
 from gemcut.records.canary import load_canary
 from gemcut.types import Mask
 from tiny import make_tiny
 
 DEMO = Path(__file__).parents[2] / "demo" / "dense"
-
-
-def gemcut(capsys: pytest.CaptureFixture[str], *args: object) -> tuple[int, str, str]:
-    with pytest.raises(SystemExit) as end:
-        main([str(arg) for arg in args])
-    code = end.value.code
-    assert isinstance(code, int)
-    shown = capsys.readouterr()
-    assert "Traceback" not in shown.err
-    return code, shown.out, shown.err
 
 
 @pytest.mark.slow

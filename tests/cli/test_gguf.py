@@ -8,19 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from gguf import GGUFReader, GGUFWriter
+from tests.cli.verb import gemcut
 
-from gemcut.cli.main import main
 from gemcut.gguf_file import open_gguf, read_gguf
-
-
-def gemcut(capsys: pytest.CaptureFixture[str], *args: object) -> tuple[int, str, str]:
-    with pytest.raises(SystemExit) as end:
-        main([str(arg) for arg in args])
-    code = end.value.code
-    assert isinstance(code, int)
-    shown = capsys.readouterr()
-    assert "Traceback" not in shown.err
-    return code, shown.out, shown.err
 
 
 def test_many_types_from_one_read_and_nothing_the_second_time(

@@ -6,19 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
+from tests.cli.verb import gemcut
 
 from gemcut.cli.main import main
 from gemcut.records.statistics import load_statistics_index
 from tiny import make_tiny, write_corpus
-
-
-def gemcut(capsys: pytest.CaptureFixture[str], *args: object) -> tuple[int, str, str]:
-    with pytest.raises(SystemExit) as end:
-        main([str(arg) for arg in args])
-    code = end.value.code
-    assert isinstance(code, int)
-    shown = capsys.readouterr()
-    return code, shown.out, shown.err
 
 
 @pytest.fixture(scope="module")

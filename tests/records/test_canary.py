@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.records.editing import edited
 
 from gemcut.errors import CheckpointError, QualityError, UsageError
 from gemcut.records.canary import (
@@ -39,16 +40,6 @@ RESULT = CanaryResult(
     SHA, "1" * 64, "base", "cut", SHA, SHA, {"limits": {"nll_ratio": 2.0}}, "float32", {"torch": "2"}, False, True, {},
     (CONDITION,), (VERDICT,),
 )  # fmt: skip
-
-
-def edited(path: Path, keys: tuple[Any, ...], value: object) -> Path:
-    whole = json.loads(path.read_text())
-    inner = whole
-    for key in keys[:-1]:
-        inner = inner[key]
-    inner[keys[-1]] = value
-    path.write_text(json.dumps(whole))
-    return path
 
 
 def test_answers_round_trip(tmp_path: Path) -> None:

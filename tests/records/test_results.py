@@ -1,11 +1,11 @@
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from tests.records.editing import edited
 
 from gemcut.errors import CheckpointError, QualityError, UsageError
 from gemcut.records import load_kld, load_manifest, load_scores, save_kld, save_manifest, save_scores
@@ -29,16 +29,6 @@ E = Estimate(0.1, 0.05, 0.2, 12)
 KLD = KldResult(
     "b", "c", "easy_ep 98", "corpus", "template", "float32", 12, 3, (KldRow("all", 9, E, E, E, E, E, 2.0, 2.5),)
 )
-
-
-def edited(path: Path, keys: tuple[Any, ...], value: object) -> Path:
-    whole = json.loads(path.read_text())
-    inner = whole
-    for key in keys[:-1]:
-        inner = inner[key]
-    inner[keys[-1]] = value
-    path.write_text(json.dumps(whole))
-    return path
 
 
 def test_manifest_round_trip(tmp_path: Path) -> None:
