@@ -151,6 +151,7 @@ def heal_settings(words: HealWords) -> HealSettings:
 
     return HealSettings(
         method=words.method,
+        target=words.target,
         ridges=words.ridges,
         device=words.device,
         dtype=None if words.dtype == "auto" else words.dtype,

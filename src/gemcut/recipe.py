@@ -102,8 +102,12 @@ class HealWords(_Words):
     method: Literal["sequential", "local"] = Field(
         default="sequential", description="inputs from the layers already cut and healed, or from the base"
     )
+    target: Literal["stream", "branch"] = Field(
+        default="stream",
+        description="heads: what brings the residual stream back to the base's, or what the base's branch adds",
+    )
     ridges: tuple[float, ...] = Field(
-        default=(1e-4, 1e-3, 1e-2, 1e-1), description="tried on held-out items, in units of the mean diagonal"
+        default=(1e-3, 1e-2, 1e-1, 1.0), description="tried on held-out items, in units of the mean diagonal"
     )
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     device: str = "cpu"

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from gemcut.errors import QualityError
-from gemcut.surgery.heal.solve import Moments, choose_ridge, condition, refit
+from gemcut.surgery.heal.solve import Moments, choose_ridge, refit
 
 T, H, D = 300, 12, 20
 KEEP = torch.tensor([0, 1, 2, 5, 6, 7, 8, 11, 12, 13, 14, 17])
@@ -28,8 +28,10 @@ def data(seed: int = 0, rows: int = T) -> tuple[torch.Tensor, torch.Tensor, torc
 
 
 def moments(x: torch.Tensor, y: torch.Tensor) -> Moments:
+    """Weighted as the norm behind o_proj divides."""
     out = Moments.zeros(y.shape[1], x.shape[1])
-    out.add(x, y, EPS)
+    root = (y.square().mean(-1) + EPS).rsqrt()
+    out.add(x, root, y * root[:, None])
     return out
 
 
@@ -71,7 +73,7 @@ def test_the_local_formula_is_the_same_fit() -> None:
     streamed = moments(x[:, KEEP], y)
     for name in ("g", "c"):
         torch.testing.assert_close(getattr(local, name), getattr(streamed, name), rtol=1e-10, atol=1e-10)
-    assert local.yy == pytest.approx(streamed.yy, rel=1e-12)
+    assert local.tt == pytest.approx(streamed.tt, rel=1e-12)
     a, b = refit(local, w[:, KEEP], 1e-2, "here"), refit(streamed, w[:, KEEP], 1e-2, "here")
     inverse = torch.linalg.inv(gram[KEEP][:, KEEP] + a.lam * torch.eye(len(KEEP), dtype=torch.float64))
     formula = w[:, KEEP] + w[:, DROP] @ gram[DROP][:, KEEP] @ inverse
@@ -97,7 +99,7 @@ def test_moments_add_up() -> None:
     parts.absorb(moments(x[100:, KEEP], y[100:]))
     torch.testing.assert_close(parts.g, whole.g, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(parts.c, whole.c, rtol=1e-12, atol=1e-12)
-    assert (parts.n, parts.yy) == (T, pytest.approx(whole.yy, rel=1e-12))
+    assert (parts.n, parts.tt) == (T, pytest.approx(whole.tt, rel=1e-12))
 
 
 def test_every_token_weighs_the_same_whatever_its_size() -> None:
@@ -115,7 +117,8 @@ def test_the_best_ridge_on_other_rows_is_chosen() -> None:
     noise = 20 * torch.randn(16, H, generator=torch.Generator().manual_seed(2)).double()
     x2, _, y2 = data(2)
     ridges = (1e-9, 1e-2, 1e3)
-    best, tried = choose_ridge(moments(few[:, KEEP], y + noise), moments(x2[:, KEEP], y2), w[:, KEEP], ridges, "here")
+    inner = moments(x2[:, KEEP], y2)
+    best, tried = choose_ridge(moments(few[:, KEEP], y + noise), inner.residual, w[:, KEEP], ridges, "here")
     assert set(tried) == set(ridges)
     assert tried[best] == min(tried.values())
     assert best != 1e-9  # noise, followed exactly, is the worst of them
@@ -123,15 +126,18 @@ def test_the_best_ridge_on_other_rows_is_chosen() -> None:
 
 def test_equal_ridges_move_the_weights_least() -> None:
     _, w, _ = data()
-    none = Moments.zeros(H, len(KEEP))
     fit = Moments(torch.eye(len(KEEP)).double(), w[:, KEEP].clone(), 1.0, 5)
-    assert choose_ridge(fit, none, w[:, KEEP], (1e-3, 1.0, 1e-1), "here")[0] == 1.0
+    assert choose_ridge(fit, lambda _: 0.5, w[:, KEEP], (1e-3, 1.0, 1e-1), "here")[0] == 1.0
 
 
 def test_condition() -> None:
-    m = Moments(torch.diag(torch.tensor([1.0, 4.0, 9.0], dtype=torch.float64)), torch.zeros(2, 3).double())
-    assert condition(m, 0.0) == pytest.approx(9.0)
-    assert condition(m, 1.0) == pytest.approx(5.0)
+    """Against all eigenvalues; the two ends of the second matrix are close to their neighbours."""
+    x, _, y = data()
+    for g in (moments(x[:, KEEP], y).g, torch.diag(torch.linspace(1.0, 9.0, 12, dtype=torch.float64))):
+        for ridge in (1e-3, 1.0):
+            found = refit(Moments(g, torch.zeros(H, len(g)).double()), torch.zeros(H, len(g)).double(), ridge, "here")
+            values = torch.linalg.eigvalsh(g) + found.lam
+            assert found.condition == pytest.approx(float(values[-1] / values[0]), rel=0.02)
 
 
 def test_no_unique_solution_is_an_error_that_names_the_layer() -> None:

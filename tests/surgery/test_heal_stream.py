@@ -20,7 +20,7 @@ from gemcut.checkpoint.read import Checkpoint, open_checkpoint
 from gemcut.errors import CheckpointError, GemcutError, UsageError
 from gemcut.observe.run import observe
 from gemcut.observe.settings import ObserveSettings
-from gemcut.records.heal import HEAL_FILE, load_heal
+from gemcut.records.heal import HEAL_FILE, HealTarget, load_heal
 from gemcut.stream.corpus import Corpus
 from gemcut.stream.model import StreamedModel
 from gemcut.surgery.heal.settings import FIT, HELD_OUT, INNER, HealSettings, jobs_of, split_items
@@ -85,6 +85,18 @@ def test_every_layer_beats_the_cut_alone_on_text_it_has_not_seen(whole: Path, pl
     assert {p.name for p in whole.iterdir()} == {HEAL_FILE, *(f"layer-{layer:03d}.safetensors" for layer in DROP)}
 
 
+def test_held_out_residuals_by_class_add_up(whole: Path, corpus: Corpus) -> None:
+    """Σ of errors over classes is that of the layer; every class of the held-out items is there."""
+    part = split_items(corpus, SETTINGS)
+    held_out = [row for row, p in zip(corpus.items, part, strict=True) if p == HELD_OUT]
+    for one in load_heal(whole / HEAL_FILE).layers:
+        tokens = {cls: sum(len(row.ids) for row in held_out if row.cls == cls) for cls in corpus.classes}
+        assert {cls: found.samples for cls, found in one.by_class.items()} == tokens
+        for whole_of, of_class in ((one.held_out_before, "before"), (one.held_out_after, "after")):
+            residuals = [getattr(found, of_class) for found in one.by_class.values()]
+            assert min(residuals) < whole_of < max(residuals)
+
+
 def test_healed_tensors_have_the_stored_form_and_zeros_where_heads_went(whole: Path, base: Checkpoint) -> None:
     for one in load_heal(whole / HEAL_FILE).layers:
         weight = healed_weight(whole, one.layer)
@@ -97,8 +109,11 @@ def test_healed_tensors_have_the_stored_form_and_zeros_where_heads_went(whole: P
         assert not torch.equal(weight[:, : one.head_dim], stored[:, : one.head_dim]) or 0 in one.dropped
 
 
-def plain_heal(base: Checkpoint, plan: Plan, corpus: Corpus, ridge: float) -> dict[int, torch.Tensor]:
-    """The sequential heal again, item by item, whole model in memory, moments from stacked rows; float32 weights."""
+def plain_heal(base: Checkpoint, plan: Plan, corpus: Corpus, ridge: float, target: str) -> dict[int, torch.Tensor]:
+    """The sequential heal again, item by item, whole model in memory, explicit least squares before the norm; float32.
+
+    There the target is y + rms(y)·(r − r̂)/γ, and every row of weights is a problem of its own.
+    """
     part = split_items(corpus, dataclasses.replace(SETTINGS, ridges=(ridge,)))
     jobs = jobs_of(base, plan)
     out = {}
@@ -111,21 +126,27 @@ def plain_heal(base: Checkpoint, plan: Plan, corpus: Corpus, ridge: float) -> di
                 linear = layer.self_attn.o_proj
                 seen: list[tuple[torch.Tensor, torch.Tensor]] = []
                 hook = linear.register_forward_hook(lambda m, a, y, seen=seen: seen.append((a[0][0], y[0])))
+                drift = [(a[0] - b[0]).double() for a, b in zip(dense, cut, strict=True)]
                 dense = [model.run_layer(layer, h) for h in dense]
                 before = list(cut)
                 cut = [model.run_layer(layer, h) for h in cut]
                 hook.remove()
                 if (job := jobs.get(i)) is None:
                     continue
-                y = [pair[1] for pair in seen[: len(dense)]]
-                x = [pair[0] for pair in seen[len(dense) :]]
                 columns = torch.from_numpy(job.columns)
                 rows = [k for k, p in enumerate(part) if p == FIT]
-                m = Moments.zeros(linear.weight.shape[0], len(columns))
-                m.add(torch.cat([x[k] for k in rows])[:, columns], torch.cat([y[k] for k in rows]), eps)
+                y = torch.cat([seen[k][1] for k in rows]).double()
+                x = torch.cat([seen[len(dense) + k][0] for k in rows])[:, columns].double()
+                rms = (y.square().mean(-1, keepdim=True) + eps).sqrt()
+                if target == "stream":
+                    y = y + rms * torch.cat([drift[k] for k in rows]) / layer.post_attention_layernorm.weight.double()
+                x = x / rms
+                lam = ridge * float((x.t() @ x).trace()) / len(columns)
                 start = linear.weight[:, columns].double()
+                tall = torch.cat([x, lam**0.5 * torch.eye(len(columns), dtype=torch.float64)])
+                goal = torch.cat([y / rms, lam**0.5 * start.t()])
                 new = torch.zeros_like(linear.weight)
-                new[:, columns] = refit(m, start, ridge, "").weight.to(torch.bfloat16).float()
+                new[:, columns] = torch.linalg.lstsq(tall, goal).solution.t().to(torch.bfloat16).float()
                 out[i] = new
                 with torch.no_grad():
                     linear.weight.copy_(new)
@@ -133,11 +154,14 @@ def plain_heal(base: Checkpoint, plan: Plan, corpus: Corpus, ridge: float) -> di
     return out
 
 
-def test_the_stream_is_the_plain_computation(base: Checkpoint, plan: Plan, corpus: Corpus, tmp_path: Path) -> None:
-    settings = dataclasses.replace(SETTINGS, ridges=(1e-2,))
+@pytest.mark.parametrize("target", ["stream", "branch"])
+def test_the_stream_is_the_plain_computation(
+    base: Checkpoint, plan: Plan, corpus: Corpus, tmp_path: Path, target: HealTarget
+) -> None:
+    settings = dataclasses.replace(SETTINGS, ridges=(1.0,), target=target)
     report = heal(base, plan, corpus, tmp_path / "out", settings=settings)
     assert all(one.used for one in report.layers)
-    for layer, wanted in plain_heal(base, plan, corpus, 1e-2).items():
+    for layer, wanted in plain_heal(base, plan, corpus, 1.0, target).items():
         got = healed_weight(tmp_path / "out", layer).float()
         assert float((got - wanted).norm() / wanted.norm()) < 2e-3  # both rounded to bfloat16 from all but equal sums
 
@@ -171,7 +195,8 @@ def test_a_stored_gram_gives_the_local_heal(base: Checkpoint, plan: Plan, corpus
             columns = torch.from_numpy(jobs[0].columns)
             m = Moments.zeros(linear.weight.shape[0], len(columns))
             for x, y in seen[::2]:
-                m.add(x[:, columns], y, float(model.config.rms_norm_eps))
+                root = (y.square().mean(-1) + float(model.config.rms_norm_eps)).rsqrt()
+                m.add(x[:, columns], root, y * root[:, None])
             wanted = refit(m, linear.weight[:, columns].double(), 1.0, "").weight
     got = healed_weight(tmp_path / "stored", 0)[:, columns].double()
     assert float((got - wanted).norm() / wanted.norm()) < 3e-3
@@ -241,7 +266,7 @@ def test_too_few_tokens_are_refused_before_anything_runs(base: Checkpoint, plan:
 @pytest.mark.parametrize(
     "wrong",
     [{"ridges": ()}, {"ridges": (0.0,)}, {"ridges": (1.0, 1.0)}, {"ridges": (float("nan"),)}, {"method": "global"},
-     {"every": 2}, {"batch_tokens": 0}, {"method": "local", "heal_all": True}],
+     {"target": "output"}, {"every": 2}, {"batch_tokens": 0}, {"method": "local", "heal_all": True}],
 )  # fmt: skip
 def test_settings_that_make_no_sense(wrong: dict[str, object]) -> None:
     with pytest.raises(UsageError):
@@ -291,7 +316,7 @@ def test_a_stopped_heal_goes_on_with_the_same_bytes(
 @pytest.mark.parametrize(
     "changed",
     [{"ridges": (1e-2,)}, {"every": 6}, {"batch_tokens": 128}, {"heal_all": True}, {"method": "local"},
-     {"dtype": "bfloat16"}],
+     {"dtype": "bfloat16"}, {"target": "branch"}],
 )  # fmt: skip
 def test_another_setting_is_another_heal(
     base: Checkpoint, plan: Plan, corpus: Corpus, whole: Path, tmp_path: Path, changed: dict[str, object]

@@ -15,6 +15,7 @@ from gemcut.types import Json
 HEAL_SCHEMA = 2
 HEAL_FILE = "heal.json"
 HealMethod: TypeAlias = Literal["sequential", "local"]
+HealTarget: TypeAlias = Literal["stream", "branch"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,9 +31,11 @@ class ClassResidual:
 class LayerHeal:
     """One layer's output projection, or the scales of its experts: refitted, measured, and used or not.
 
-    Residuals are relative, sqrt(Σ w‖Ŷ − Y‖² / Σ w‖Y‖²), of the weights in the dtype that they are stored in; `before`
-    is the cut without a heal. `held_out_*` are of items that no fit has seen. Of scales, Ŷ is the sum of the kept
-    experts times the factor that fits Y best: the norm behind it divides by its size, and a common factor is no gain.
+    Residuals are relative, sqrt(Σ ‖Ŷ − T‖² / Σ ‖T‖²), of what the branch adds to the residual stream against what it
+    should add, of the weights in the dtype that they are stored in; `before` is the cut without a heal of this layer,
+    behind healed ones. `held_out_*` are of items that no fit has seen. Of scales, T is the dense layer's sum and Ŷ that
+    of the kept experts times the factor that fits T best: the norm behind it divides by its size, and a common factor
+    is no gain.
 
     kept: heads or experts that stay; `units` were there, each `head_dim` columns wide (experts: one scale, so 1).
     samples, held_out_samples: tokens behind the fit, and behind the held-out residuals.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -10,9 +12,13 @@ import torch
 from torch import nn
 
 from gemcut.errors import QualityError
+from gemcut.records.heal import ClassResidual
 from gemcut.surgery.heal.settings import FIT, HELD_OUT, INNER, HealSettings, Job
-from gemcut.surgery.heal.solve import Moments, choose_ridge, condition, refit
+from gemcut.surgery.heal.solve import Moments, choose_ridge, refit
 from gemcut.surgery.heal.states import Layout
+from gemcut.surgery.heal.unseen import Rows, Unseen, by_class
+
+_LEAST_SCALE = 0.1
 
 
 class Tap:
@@ -58,36 +64,90 @@ class Fitted:
     fit_after: float
     held_out_before: float
     held_out_after: float
+    by_class: Mapping[str, ClassResidual]
 
 
 class Sums:
-    """Moments of one layer, apart for what is fitted on, the inner split and what is held out."""
+    """What one layer's refit is made of: moments of what is fitted on, rows of the inner split and of what is held out.
 
-    def __init__(self, job: Job, hidden: int, layout: Layout, eps: float, device: torch.device) -> None:
-        # float64 does not exist on Apple's devices
-        place = torch.device("cpu") if device.type == "mps" else device
-        self.columns = torch.from_numpy(job.columns).to(device)
-        self.layout, self.eps = layout, eps
-        self._parts = {part: Moments.zeros(hidden, len(self.columns), place) for part in set(layout.part_of.tolist())}
+    A context. All in units of the residual stream. The branch adds γ ⊙ y/rms(y) to it, rms(y)² = mean(y²) + eps, so
+    that with y of the dense layer and w_t = 1/rms(y_t)² the rows of γ ⊙ W are fitted to
 
-    def add(self, k: int, x: torch.Tensor, y: torch.Tensor) -> None:
-        """x [B·S, d] and y [B·S, H] of batch k, padding included."""
-        for part, moments in self._parts.items():
+        t_t = γ ⊙ y_t/rms(y_t) + r_t − r̂_t
+
+    r and r̂ being the residual streams of the dense and of the cut model before the branch: what the layers before
+    failed to give is asked of this one. A layer that cannot give it is no worse off: it is least squares.
+
+    Args:
+        gamma: float64 [H], the weight of the norm behind the branch.
+        folder: for the rows.
+    """
+
+    def __init__(
+        self, job: Job, hidden: int, layout: Layout, eps: float, gamma: torch.Tensor, place: torch.device, folder: Path
+    ) -> None:
+        self.columns = torch.from_numpy(job.columns).to(place)
+        self.layout, self.eps, self.scale = layout, eps, safe_scale(gamma).to(wide_device(place))
+        self._fit = Moments.zeros(hidden, len(self.columns), self.scale.device)
+        self._folder, self._hidden = folder, hidden
+        self._rows: dict[int, Rows] = {}
+
+    def add(self, k: int, x: torch.Tensor, y: torch.Tensor, drift: torch.Tensor | None) -> None:
+        """x [B·S, d], y [B·S, H] and r − r̂ [B·S, H] (None: zero) of batch k, padding included."""
+        for part in self.layout.parts:
             at = self.layout.chosen(k, part).to(x.device)
-            if len(at):
-                moments.add(x[at][:, self.columns], y[at], self.eps)
+            if not len(at):
+                continue
+            kept, target = x[at][:, self.columns], y[at].to(self.scale.device, torch.float64)
+            root = (target.square().mean(-1) + self.eps).rsqrt()
+            target = target * root[:, None] * self.scale
+            if drift is not None:
+                target += drift[at].to(target.device, torch.float64)
+            if part == FIT:
+                self._fit.add(kept, root, target)
+            else:
+                self._part(part, x.dtype).add(kept, root, target, self.layout.class_of(k, part))
+
+    def _part(self, part: int, dtype: torch.dtype) -> Rows:
+        if part not in self._rows:
+            self._rows[part] = Rows(self._folder, self._hidden, len(self.columns), dtype, self.layout.classes)
+        return self._rows[part]
 
     def finish(self, job: Job, weight: torch.Tensor, dtype: torch.dtype, settings: HealSettings) -> Fitted:
-        """The refit of everything but what is held out. Ends the sums."""
+        """The refit of everything but what is held out."""
         return fit_layer(
             job,
             weight,
             dtype,
-            fit=self._parts.pop(FIT),
-            inner=self._parts.pop(INNER, None),
-            held_out=self._parts.pop(HELD_OUT),
+            fit=self._fit,
+            inner=self._rows.get(INNER),
+            held_out=self._rows[HELD_OUT],
             ridges=settings.ridges,
+            scale=self.scale,
         )
+
+    def __enter__(self) -> Sums:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        for rows in self._rows.values():  # gives the disk back
+            rows.close()
+
+
+def wide_device(device: torch.device) -> torch.device:
+    """Where float64 is computed: it does not exist on Apple's devices."""
+    return torch.device("cpu") if device.type == "mps" else device
+
+
+def safe_scale(gamma: torch.Tensor) -> torch.Tensor:
+    """γ [H] with |γ| ≥ 0.1 · rms(γ), signs kept.
+
+    A channel that the norm all but switches off would need huge weights to carry anything to the residual stream, and
+    those would change rms(y) for all others.
+    """
+    least = _LEAST_SCALE * float(gamma.square().mean().sqrt())
+    signs = torch.where(gamma < 0, -1.0, 1.0).to(gamma.dtype)
+    return signs * gamma.abs().clamp(min=least) if least > 0 else torch.ones_like(gamma)
 
 
 def fit_layer(
@@ -96,9 +156,10 @@ def fit_layer(
     dtype: torch.dtype,
     *,
     fit: Moments,
-    inner: Moments | None,
-    held_out: Moments,
+    inner: Unseen | None,
+    held_out: Unseen,
     ridges: tuple[float, ...],
+    scale: torch.Tensor | None = None,
 ) -> Fitted:
     """Choose the ridge, refit, round to the checkpoint's dtype, and measure what was rounded.
 
@@ -106,27 +167,29 @@ def fit_layer(
         weight: the whole projection as it is stored, float64 [H, d].
         dtype: of the checkpoint; float64 is rounded by way of float32, to nearest even both times.
         fit, inner: `inner` chooses the ridge and is then added to `fit`, in place; None where there is one ridge.
+        scale: float64 [H]: moments and rows are those of scale ⊙ W; None: of W.
     Raises:
         QualityError: sums or new weights are not finite, or no system can be solved; names the layer.
     """
     where = f"layer {job.layer}, {job.tensor}"
     if not (fit.finite() and held_out.finite() and (inner is None or inner.finite())):
         raise QualityError("the sums of a heal are not finite", where=where, hint="compute in float32")
-    device = fit.g.device
     columns = torch.from_numpy(job.columns)
-    start = weight[:, columns].to(device)
+    rows = torch.ones(len(weight), 1) if scale is None else scale[:, None]
+    rows = rows.to(fit.g.device, torch.float64)
+    start = weight[:, columns].to(fit.g.device) * rows
     ridge = ridges[0]
     tried: dict[float, float] = {}
     if inner is not None:
-        ridge, tried = choose_ridge(fit, inner, start, ridges, where)
-        fit.absorb(inner)
-        del inner
+        ridge, tried = choose_ridge(fit, lambda one: inner.measure(one).whole, start, ridges, where)
+        inner.into(fit)
     new = refit(fit, start, ridge, where)
-    kept = new.weight.to("cpu", torch.float32).to(dtype)
+    kept = (new.weight / rows).to("cpu", torch.float32).to(dtype)
     if not bool(torch.isfinite(kept).all()):
         raise QualityError("healed weights are not finite", where=where, got=f"{dtype}", hint="raise the ridge")
-    before, after = held_out.residual(start), held_out.residual(kept)
-    used = after < before
+    rounded = kept.to(fit.g.device, torch.float64) * rows
+    before, after = held_out.measure(start), held_out.measure(rounded)
+    used = after.whole < before.whole
     whole = torch.zeros(weight.shape, dtype=dtype)
     whole[:, columns] = kept if used else weight[:, columns].to(dtype)
     return Fitted(
@@ -135,9 +198,10 @@ def fit_layer(
         ridge=ridge,
         lam=new.lam,
         ridge_residuals={f"{r:g}": residual for r, residual in tried.items()},
-        condition=condition(fit, new.lam),
+        condition=new.condition,
         fit_before=fit.residual(start),
-        fit_after=fit.residual(kept),
-        held_out_before=before,
-        held_out_after=after,
+        fit_after=fit.residual(rounded),
+        held_out_before=before.whole,
+        held_out_after=after.whole,
+        by_class=by_class(before, after, held_out.samples),
     )

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from gemcut.checkpoint.read import Checkpoint
 from gemcut.surgery.heal.settings import HealSettings, jobs_of
+from gemcut.surgery.heal.solve import CHUNK_ROWS
+from gemcut.surgery.heal.unseen import row_bytes
 from gemcut.types import DTYPE_BYTES, Plan
 
 _BASE_BYTES = 640 << 20  # interpreter, torch, transformers and their first matrix product, measured on Linux
+_UNEVEN = 1.5  # items of different lengths: those that are measured on may be the longer ones
 _BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
-_CHUNK_ROWS = 1024
 
 
 def heal_memory_bytes(base: Checkpoint, plan: Plan, settings: HealSettings, *, longest: int = 0) -> int:
@@ -16,8 +18,8 @@ def heal_memory_bytes(base: Checkpoint, plan: Plan, settings: HealSettings, *, l
 
     max(one decoder layer + its moments + one batch, one decoder layer + moments + the solve, embedding) + base
 
-    The moments of a layer with K kept columns are K² + H·K float64 values for each part of the corpus: fitted on, held
-    out and, with several ridges, the inner split. The solve needs the matrix twice more.
+    The moments of a layer with K kept columns are K² + H·K float64 values; the solve needs the matrix once more. What
+    is measured on lies on disk.
 
     Args:
         longest: tokens of the corpus' longest item, where it is longer than a batch.
@@ -26,19 +28,18 @@ def heal_memory_bytes(base: Checkpoint, plan: Plan, settings: HealSettings, *, l
     hidden, inner = _number(base, "hidden_size"), _number(base, "intermediate_size")
     length = longest or settings.batch_tokens
     tokens = max(settings.batch_tokens, longest)
-    parts = 3 if len(settings.ridges) > 1 else 2
     names = base.tensors.keys()
     running = solving = 0
     for layer, job in jobs_of(base, plan, heal_all=settings.heal_all).items():
         prefix = base.family.layer_prefix(names, layer)
         weights = sum(ref.elements for name, ref in base.tensors.items() if name.startswith(prefix)) * item
         kept, width = len(job.columns), job.units * job.head_dim
-        moments = 8 * parts * (kept * kept + hidden * kept)
+        moments = 8 * (kept * kept + hidden * kept)
         batch = tokens * (hidden * (7 * item + 16) + width * (7 * item + 4) + inner * 4 * item) + 6 * length * length
-        batch += 8 * _CHUNK_ROWS * 2 * (hidden + kept)
+        batch += 8 * (tokens * 3 * hidden + CHUNK_ROWS * 2 * (hidden + kept))
         if job.kind == "experts":  # what every routed expert adds: as it runs, kept, gathered, and checked
             batch += tokens * hidden * max(base.family.top_k(base.text_config), 1) * 4 * 4
-        solve = 8 * (2 * kept * kept + 4 * hidden * kept + hidden * width)
+        solve = 8 * (kept * kept + 4 * hidden * kept + hidden * width + CHUNK_ROWS * 4 * (hidden + kept))
         running = max(running, weights + moments + batch)
         solving = max(solving, weights + moments + solve)
     ends = sum(r.elements for n, r in base.tensors.items() if n.endswith(("embed_tokens.weight", "lm_head.weight")))
@@ -47,11 +48,14 @@ def heal_memory_bytes(base: Checkpoint, plan: Plan, settings: HealSettings, *, l
 
 def heal_disk_bytes(base: Checkpoint, plan: Plan, settings: HealSettings, *, tokens: int) -> int:
     """Upper estimate of what a heal has on disk at once: hidden states of two streams at two boundaries, under 13 % of
-    padding, and the healed tensors."""
+    padding, the rows of the widest layer that are measured on, and the healed tensors."""
+    jobs = jobs_of(base, plan, heal_all=settings.heal_all)
     states = tokens * _number(base, "hidden_size") * _item_bytes(base, settings)
     streams = 2 if settings.method == "sequential" else 1
-    healed = sum(base.ref(job.tensor).size_bytes for job in jobs_of(base, plan, heal_all=settings.heal_all).values())
-    return int(2 * streams * 1.13 * states) + healed
+    healed = sum(base.ref(job.tensor).size_bytes for job in jobs.values())
+    measured = tokens * (2 if len(settings.ridges) > 1 else 1) / settings.every
+    row = row_bytes(jobs.values(), _number(base, "hidden_size"), _item_bytes(base, settings))
+    return int(2 * streams * 1.13 * states + _UNEVEN * measured * row) + healed
 
 
 def _number(base: Checkpoint, key: str) -> int:

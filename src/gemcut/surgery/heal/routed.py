@@ -17,10 +17,11 @@ import torch
 from torch import nn
 
 from gemcut.stream.experts import attach
-from gemcut.surgery.heal.layer import Fitted, fit_layer
+from gemcut.surgery.heal.layer import Fitted, fit_layer, wide_device
 from gemcut.surgery.heal.settings import FIT, HELD_OUT, INNER, HealSettings, Job
 from gemcut.surgery.heal.solve import Moments
 from gemcut.surgery.heal.states import Layout
+from gemcut.surgery.heal.unseen import ClassSums
 
 _CHUNK_TOKENS = 256  # their contributions in float64 at a time
 # Where a decoder layer keeps what is asked (see the family's file).
@@ -30,9 +31,9 @@ ROUTER, ROUTER_LOGITS, EXPERTS = "router", "router.proj", "experts"
 class ScaleMoments(Moments):
     """Sums of a fit of scales s [K] of K kept experts: ŷ_t = Σ_k s_k φ_{k,t}.
 
-        g = Σ_t w_t φ_{k,t}·φ_{l,t} [K, K]    c = Σ_t w_t y_t·φ_{k,t} [1, K]
+        g = Σ_t w_t φ_{k,t}·φ_{l,t} [K, K]    c = Σ_t w_t y_t·φ_{k,t} [1, K]    tt = Σ_t w_t ‖y_t‖²
 
-    so that Σ_t w_t‖y_t − ŷ_t‖² = yy − 2 s cᵀ + s g sᵀ, as in `Moments` with one row.
+    so that Σ_t w_t‖y_t − ŷ_t‖² = tt − 2 s cᵀ + s g sᵀ, as in `Moments` with one row.
     """
 
     def add_routed(self, phi: torch.Tensor, index: torch.Tensor, y: torch.Tensor, eps: float) -> None:
@@ -56,16 +57,16 @@ class ScaleMoments(Moments):
             # bincount adds in order: a device's scatter would not give the same bits twice
             self.g += _summed(pairs, gram, count * count).reshape(count, count).to(self.g.device)
             self.c += _summed(at.ravel(), cross, count).to(self.c.device)
-            self.yy += float(target.square().sum())
+            self.tt += float(target.square().sum())
             self.n += len(rows)
 
     def residual(self, weight: torch.Tensor) -> float:
-        """min_α sqrt(Σ w‖αŷ − y‖² / Σ w‖y‖²) = sqrt(1 − (s cᵀ)² / (s g sᵀ · yy)) of scales [1, K]. 0 is perfect."""
+        """min_α sqrt(Σ w‖αŷ − y‖² / Σ w‖y‖²) = sqrt(1 − (s cᵀ)² / (s g sᵀ · tt)) of scales [1, K]. 0 is perfect."""
         wide = weight.to(self.g.device, torch.float64)
         size, along = float(((wide @ self.g) * wide).sum()), float((wide * self.c).sum())
-        if self.yy <= 0:
+        if self.tt <= 0:
             return 0.0
-        return math.sqrt(max(1.0 - along * along / (size * self.yy), 0.0)) if size > 0 else 1.0
+        return math.sqrt(max(1.0 - along * along / (size * self.tt), 0.0)) if size > 0 else 1.0
 
 
 def _summed(at: np.ndarray[Any, np.dtype[np.int64]], values: torch.Tensor, count: int) -> torch.Tensor:
@@ -162,31 +163,39 @@ class ScaleSums:
     """Moments of one layer's scales, apart for what is fitted on, the inner split and what is held out."""
 
     def __init__(self, job: Job, layout: Layout, eps: float, device: torch.device) -> None:
-        # float64 does not exist on Apple's devices
-        place = torch.device("cpu") if device.type == "mps" else device
         self.layout, self.eps = layout, eps
         self._position = torch.full((job.units,), -1, dtype=torch.int64)
         self._position[list(job.kept)] = torch.arange(len(job.kept))
-        parts = set(layout.part_of.tolist())
-        self._parts = {part: ScaleMoments.zeros(1, len(job.kept), place) for part in parts}
+        self._kept, self._place = len(job.kept), wide_device(device)
+        self._sums: dict[int, dict[str, ScaleMoments]] = {}
 
     def add(self, k: int, seen: Contributions, y: torch.Tensor) -> None:
         """Batch k, padding included: contributions of the cut layer, y [B·S, H] of the dense one."""
         index = self._position.to(seen.expert.device)[seen.expert]
-        for part, moments in self._parts.items():
-            at = self.layout.chosen(k, part).to(y.device)
-            if len(at):
-                moments.add_routed(seen.phi[at], index[at], y[at], self.eps)
+        for part in self.layout.parts:
+            at, of = self.layout.chosen(k, part), self.layout.class_of(k, part)
+            for number in sorted(set(of.tolist())):
+                mine = at[of == number].to(y.device)
+                sums = self._of(part, self.layout.classes[number])
+                sums.add_routed(seen.phi[mine], index[mine], y[mine], self.eps)
+
+    def _of(self, part: int, cls: str) -> ScaleMoments:
+        """K × K numbers a class are little."""
+        classes = self._sums.setdefault(part, {})
+        if cls not in classes:
+            classes[cls] = ScaleMoments.zeros(1, self._kept, self._place)
+        return classes[cls]
 
     def finish(self, job: Job, start: torch.Tensor, dtype: torch.dtype, settings: HealSettings) -> Fitted:
         """The refit of everything but what is held out, of all scales float64 [E]: zeros where an expert goes."""
+        sums = {part: ClassSums.of(classes) for part, classes in self._sums.items()}
         fitted = fit_layer(
             job,
             start[None],
             dtype,
-            fit=self._parts[FIT],
-            inner=self._parts.get(INNER),
-            held_out=self._parts[HELD_OUT],
+            fit=sums[FIT].whole,
+            inner=sums.get(INNER),
+            held_out=sums[HELD_OUT],
             ridges=settings.ridges,
         )
         return replace(fitted, weight=fitted.weight[0])

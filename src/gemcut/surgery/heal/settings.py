@@ -10,16 +10,16 @@ import numpy as np
 
 from gemcut.checkpoint.read import Checkpoint
 from gemcut.errors import UsageError
-from gemcut.records.heal import HealMethod
+from gemcut.records.heal import HealMethod, HealTarget
 from gemcut.stream.corpus import Corpus
 from gemcut.stream.hidden import BATCH_TOKENS
 from gemcut.surgery import check_plan
 from gemcut.types import I64, Json, Kind, Plan, Site
 
 # Raised by hand whenever the numbers that a heal writes change: an older folder is then not taken for a finished one.
-HEAL_VERSION = 1
+HEAL_VERSION = 2
 SAMPLES_PER_COLUMN = 4  # fewer tokens leave the fit rank-deficient or noisy, which its own residual cannot see
-RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)
+RIDGES = (1e-3, 1e-2, 1e-1, 1.0)
 
 FIT, INNER, HELD_OUT = 0, 1, 2
 
@@ -30,6 +30,8 @@ class HealSettings:
 
     method: "sequential": inputs from the already cut and healed layers before, targets from the dense model;
         "local": inputs of the dense model too, each layer as if it alone were cut.
+    target: "stream": what the branch must add so that the residual stream behind it is the dense model's again;
+        "branch": what the dense model's branch added. Of heads, and of no weight in a local heal.
     ridges: λ in units of tr(G_KK)/|K|; the best on an inner split of the items is taken. One: no inner split.
     every: one item in so many is held out, and another is the inner split.
     heal_all: refit layers without a dropped head as well, behind the first that has one (sequential only).
@@ -38,6 +40,7 @@ class HealSettings:
     """
 
     method: HealMethod = "sequential"
+    target: HealTarget = "stream"
     ridges: tuple[float, ...] = RIDGES
     every: int = 8
     heal_all: bool = False
@@ -48,6 +51,8 @@ class HealSettings:
     def __post_init__(self) -> None:
         if self.method not in ("sequential", "local"):
             raise UsageError("there is no such heal", got=self.method, wanted="sequential or local")
+        if self.target not in ("stream", "branch"):
+            raise UsageError("there is no such target of a heal", got=self.target, wanted="stream or branch")
         good = [r for r in self.ridges if math.isfinite(r) and r > 0]
         if not good or len(good) != len(self.ridges) or len(set(good)) != len(good):
             raise UsageError(
@@ -76,7 +81,8 @@ class HealSettings:
 @dataclass(frozen=True, slots=True)
 class Job:
     """What to refit in one layer: an output projection, tensor on disk [H, units·head_dim], or the scales of experts,
-    [units] with a head_dim of 1. `module` holds it, below the decoder layer."""
+    [units] with a head_dim of 1. `module` holds it, below the decoder layer; `norm` is the tensor of the norm behind
+    the branch."""
 
     layer: int
     module: str
@@ -84,6 +90,7 @@ class Job:
     units: int
     head_dim: int
     kept: tuple[int, ...]
+    norm: str
     kind: Kind = "heads"
 
     @property
@@ -126,6 +133,7 @@ def jobs_of(base: Checkpoint, plan: Plan, *, heal_all: bool = False) -> dict[int
             units=attention.heads,
             head_dim=attention.head_dim,
             kept=kept,
+            norm=base.family.norms(prefix, base.family.top_k(base.text_config) > 0).attention,
         )
     return jobs
 
@@ -133,13 +141,17 @@ def jobs_of(base: Checkpoint, plan: Plan, *, heal_all: bool = False) -> dict[int
 def _scales(base: Checkpoint, plan: Plan, site: Site) -> Job:
     """The router's scales of one layer: the only part of a site with one number for each expert."""
     (tensor,) = (part.name for part in site.slices if len(base.ref(part.name).shape) == 1)
+    prefix = base.family.layer_prefix(base.tensors.keys(), site.layer)
+    norm = base.family.norms(prefix, True).experts
+    assert norm is not None, "a layer with experts has a norm behind them"
     return Job(
         layer=site.layer,
-        module=tensor.removeprefix(base.family.layer_prefix(base.tensors.keys(), site.layer)).rpartition(".")[0],
+        module=tensor.removeprefix(prefix).rpartition(".")[0],
         tensor=tensor,
         units=site.units,
         head_dim=1,
         kept=tuple(sorted(plan.layers[site.layer].keep)),
+        norm=norm,
         kind="experts",
     )
 

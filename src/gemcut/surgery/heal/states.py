@@ -55,6 +55,22 @@ class Layout:
         """Token ids of batch k, int64 [B, S]."""
         return padded_ids(self.rows, self.batches[k])
 
+    @cached_property
+    def classes(self) -> tuple[str, ...]:
+        """Classes of text, in alphabetical order."""
+        return tuple(sorted({row.cls for row in self.rows}))
+
+    @cached_property
+    def parts(self) -> tuple[int, ...]:
+        """Which of FIT, INNER and HELD_OUT there are."""
+        return tuple(sorted(set(self.part_of.tolist())))
+
+    def class_of(self, k: int, part: int) -> torch.Tensor:
+        """int64 [n]: class of every token that `chosen` gives, as a number in `classes`."""
+        rows = [row for row in self.batches[k].rows if self.part_of[row] == part]
+        counts = [len(self.rows[row].ids) for row in rows]
+        return torch.from_numpy(np.repeat([self.classes.index(self.rows[row].cls) for row in rows], counts))
+
     def chosen(self, k: int, part: int) -> torch.Tensor:
         """int64 [n]: positions of batch k, flattened, that hold a token of this part."""
         batch = self.batches[k]

@@ -15,10 +15,11 @@ from gemcut.store import atomic_folder, fingerprint
 from gemcut.stream.model import stored_dtype
 from gemcut.stream.weights import DTYPE_NAMES, TORCH_DTYPES, WeightReader
 from gemcut.surgery.heal.folder import finished, plan_fingerprint, request_of, save_healed, stack
-from gemcut.surgery.heal.layer import fit_layer
+from gemcut.surgery.heal.layer import fit_layer, safe_scale
 from gemcut.surgery.heal.settings import HealSettings, Job, jobs_of, refuse_few_samples
 from gemcut.surgery.heal.solve import Moments
 from gemcut.surgery.heal.stream import layer_heal
+from gemcut.surgery.heal.unseen import ClassSums
 from gemcut.types import Plan
 
 Progress = Callable[[int, int, str], None]
@@ -70,11 +71,13 @@ def heal_stored(
     layers: list[LayerHeal] = []
     with atomic_folder(out, force=force) as folder:
         for job in jobs.values():
-            weight, dtype = _weight(base, job)
-            fit = _half(job, weight, statistics, index, FITTED_HALF)
+            weight, dtype = _tensor(base, job.tensor)
+            scale = safe_scale(_tensor(base, job.norm)[0])
+            fit = _half(job, weight * scale[:, None], statistics, index, FITTED_HALF)
             refuse_few_samples({job.layer: job}, fit.n, index.meta.tokens)
-            held_out = _half(job, weight, statistics, index, HELD_OUT_HALF)
-            fitted = fit_layer(job, weight, dtype, fit=fit, inner=None, held_out=held_out, ridges=(ridge,))
+            held_out = _half(job, weight * scale[:, None], statistics, index, HELD_OUT_HALF)
+            unseen = ClassSums(held_out, {})
+            fitted = fit_layer(job, weight, dtype, fit=fit, inner=None, held_out=unseen, ridges=(ridge,), scale=scale)
             file = hashed = None
             if fitted.used:
                 file, hashed = save_healed(folder, job.layer, job.tensor, fitted.weight)
@@ -102,10 +105,10 @@ def heal_stored(
     return report
 
 
-def _weight(base: Checkpoint, job: Job) -> tuple[torch.Tensor, torch.dtype]:
-    ref = base.ref(job.tensor)
+def _tensor(base: Checkpoint, name: str) -> tuple[torch.Tensor, torch.dtype]:
+    ref = base.ref(name)
     reader = WeightReader(base, torch.float64, torch.device("cpu"))
-    return reader.read(job.tensor, tuple(ref.shape)), TORCH_DTYPES[ref.dtype]
+    return reader.read(name, tuple(ref.shape)), TORCH_DTYPES[ref.dtype]
 
 
 def _half(job: Job, weight: torch.Tensor, statistics: Path, index: StatisticsIndex, half: int) -> Moments:

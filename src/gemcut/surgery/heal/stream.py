@@ -1,8 +1,9 @@
 """Heal a cut layer by layer: two streams of hidden states, one of the dense model, one of the healed one.
 
-For each layer with dropped heads, with the layer in memory once: the dense stream passes and gives the target Y, the
-cut stream passes and gives the inputs X̂ that the layer will really have, the kept columns of o_proj are refitted, and
-the cut stream passes again through the healed layer. So every layer is fitted to what the layers before it have become.
+For each layer with dropped heads, with the layer in memory once: the dense stream passes and gives the target, the cut
+stream passes and gives the inputs X̂ that the layer will really have, the kept columns of o_proj are refitted, and the
+cut stream passes again through the healed layer. So every layer is fitted to what the layers before it have become, and
+makes up for what they lost.
 Of a cut of experts, the scales of those that stay are refitted: the same, with the experts' sum for Y and what each
 kept expert adds to it, routed without the dropped ones, for X̂.
 
@@ -45,6 +46,7 @@ from gemcut.surgery.heal.folder import (
 from gemcut.surgery.heal.layer import Fitted, Sums, Tap
 from gemcut.surgery.heal.routed import Contributions, ScaleSums, Target, dropped, recorded
 from gemcut.surgery.heal.settings import (
+    FIT,
     HELD_OUT,
     HealSettings,
     Job,
@@ -53,6 +55,7 @@ from gemcut.surgery.heal.settings import (
     split_items,
 )
 from gemcut.surgery.heal.states import Layout, StatesReader, StatesWriter, states_bytes, states_path
+from gemcut.surgery.heal.unseen import row_bytes
 from gemcut.types import Plan
 
 log = logging.getLogger(__name__)
@@ -123,9 +126,11 @@ def heal(
 
 
 def _disk_bytes(model: StreamedModel, layout: Layout, jobs: dict[int, Job]) -> int:
-    """Two streams at two boundaries, and the healed tensors."""
+    """Two streams at two boundaries, what is measured on, and the healed tensors."""
     healed = sum(model.checkpoint.ref(job.tensor).size_bytes for job in jobs.values())
-    return 4 * states_bytes(layout, model.hidden_size, model.dtype) + healed
+    measured = sum(len(row.ids) for row, part in zip(layout.rows, layout.part_of, strict=True) if part != FIT)
+    rows = measured * row_bytes(jobs.values(), model.hidden_size, model.dtype.itemsize)
+    return 4 * states_bytes(layout, model.hidden_size, model.dtype) + rows + healed
 
 
 @dataclasses.dataclass
@@ -245,22 +250,29 @@ class _Pass:
         """The dense stream passes; X̂ and Y of every batch are added up and the kept columns are refitted."""
         model, i = self.model, job.layer
         ref = model.checkpoint.ref(job.tensor)
-        sums = Sums(job, ref.shape[0], self.layout, float(model.config.rms_norm_eps), model.device)
-        with Tap(module.get_submodule(job.module)) as tap:
+        eps, gamma = float(model.config.rms_norm_eps), self._stored(job.norm)
+        with (
+            Sums(job, ref.shape[0], self.layout, eps, gamma, model.device, self.folder) as sums,
+            Tap(module.get_submodule(job.module)) as tap,
+        ):
             for k in range(len(self.layout.batches)):
-                out = self._run(i, module, k, dense.read(k))
+                hidden, drift = dense.read(k), None
+                out = self._run(i, module, k, hidden)
                 x, y = tap.take()
                 if dense_out is not None:
                     dense_out.write(k, out)
                 del out
                 self._check(i, module, k, f"the output of {job.module}", y)
                 if cut is not None:
-                    self._run(i, module, k, cut.read(k))
+                    drifted = cut.read(k)
+                    if self.settings.target == "stream":
+                        drift = (hidden.double() - drifted.double()).flatten(0, 1)
+                    self._run(i, module, k, drifted)
                     x = tap.take()[0]
                 self._check(i, module, k, f"the input of {job.module}", x)
-                sums.add(k, x, y)
+                sums.add(k, x, y, drift)
                 self._say(i, k)
-        return sums.finish(job, self._stored(job), TORCH_DTYPES[ref.dtype], self.settings)
+            return sums.finish(job, self._stored(job.tensor), TORCH_DTYPES[ref.dtype], self.settings)
 
     def _fit_scales(
         self, job: Job, module: nn.Module, dense: StatesReader, cut: StatesReader | None, dense_out: StatesWriter | None
@@ -281,12 +293,14 @@ class _Pass:
             self._check(i, module, k, "an expert's output", seen.phi.flatten(1))
             sums.add(k, seen, target.y)
             self._say(i, k)
-        return sums.finish(job, self._stored(job), TORCH_DTYPES[model.checkpoint.ref(job.tensor).dtype], self.settings)
+        return sums.finish(
+            job, self._stored(job.tensor), TORCH_DTYPES[model.checkpoint.ref(job.tensor).dtype], self.settings
+        )
 
-    def _stored(self, job: Job) -> torch.Tensor:
+    def _stored(self, name: str) -> torch.Tensor:
         """The base's own tensor, float64."""
         reader = WeightReader(self.model.checkpoint, torch.float64, torch.device("cpu"))
-        return reader.read(job.tensor, tuple(self.model.checkpoint.ref(job.tensor).shape))
+        return reader.read(name, tuple(self.model.checkpoint.ref(name).shape))
 
     def _record(self, job: Job, fitted: Fitted) -> LayerHeal:
         file = digest = None
@@ -338,6 +352,5 @@ def layer_heal(job: Job, fitted: Fitted, samples: tuple[int, int], file: str | N
         held_out_samples=samples[1],
         file=file,
         blake3=digest,
-        by_class={},
         **found,
     )
