@@ -113,6 +113,14 @@ def finished(planned: Planned, folder: Path, parent: str, quantiser: str) -> boo
     return True
 
 
+def bytes_to_write(planned: Planned, folder: Path) -> int:
+    """Disk space that a target still wants: nothing where it is there, less where a broken-off run has its room."""
+    if all(_same_header(folder / part.name, part.header, part.size_bytes) for part in planned.parts):
+        return 0
+    partials = [folder / (part.name + PARTIAL) for part in planned.parts]
+    return planned.size_bytes - sum(path.stat().st_blocks * 512 for path in partials if path.exists())
+
+
 def _same_header(path: Path, header: bytes, size_bytes: int) -> bool:
     try:
         with open(path, "rb") as f:

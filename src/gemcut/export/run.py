@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from gemcut.checkpoint import Checkpoint
 from gemcut.errors import UsageError
-from gemcut.export.output import Earlier, Output, finished, opened, payload_hash
+from gemcut.export.output import Earlier, Output, bytes_to_write, finished, opened, payload_hash
 from gemcut.export.record import Fact, earlier_records
 from gemcut.export.source import Buffers, Loaded, Piece, Source, source_hash
 from gemcut.export.targets import Planned, count_types, importance_of, units
@@ -31,12 +31,12 @@ from gemcut.families.gguf import GgufLayout
 from gemcut.ggml.library import Library, load
 from gemcut.ggml.quantise import quantise
 from gemcut.ggml.types import GgmlType, tensor_bytes
-from gemcut.store import PARTIAL, need_disk, refuse_existing
+from gemcut.store import disk_errors, need_disk, refuse_existing
 from gemcut.types import DTYPE_BYTES
 
 Progress = Callable[[int, int, str], None]
 _AHEAD = 3  # pieces in flight a thread: enough that none waits for the next read
-_SPARE_BYTES = 16 << 20  # records, journals, and what the file system keeps for itself
+SPARE_BYTES = 16 << 20  # records, journals, and what the file system keeps for itself
 
 log = logging.getLogger(__name__)
 
@@ -58,13 +58,20 @@ class FileReport:
 
 @dataclass(frozen=True, slots=True)
 class ExportReport:
-    """What an export did. kernel_seconds: time inside the quantiser, all threads together."""
+    """What an export did. kernel_seconds: processor time inside the quantisers."""
 
     files: tuple[FileReport, ...]
     read_bytes: int
     seconds: float
     kernel_seconds: float
     threads: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Settings:
+    threads: int
+    force: bool
+    progress: Progress | None
 
 
 @dataclass(slots=True, eq=False)
@@ -125,22 +132,11 @@ def export_gguf(
     names = [one.target.name for one in planned]
     if len(set(names)) != len(names):
         raise UsageError("two targets have one name", got=", ".join(names))
-    out.mkdir(parents=True, exist_ok=True)
-    parent, quantiser = checkpoint.fingerprint, library.identity
-    there = [one for one in planned if not force and finished(one, out, parent, quantiser)]
-    todo = [one for one in planned if one not in there]
-    for one in todo:
-        for part in one.parts:
-            refuse_existing(out / part.name, force=force)
-    need_disk(out, sum(one.size_bytes - _held(one, out) for one in todo) + _SPARE_BYTES)
-    run = _Run(library, threads, progress, sum(_source_bytes(checkpoint, layout)))
-    reports = {one.target.name: _report(one, found=True) for one in there}
-    if todo:
-        earlier = Earlier(out, list(earlier_records(out)), quantiser)
-        with contextlib.ExitStack() as stack:
-            outputs = [stack.enter_context(opened(one, out, parent, quantiser)) for one in todo]
-            run.all(_sources(checkpoint, layout), outputs, earlier)
-        reports |= {output.planned.target.name: _report(output.planned, output) for output in outputs}
+    if out.exists() and not out.is_dir():
+        raise UsageError("the output is a file, not a folder", where=str(out), hint="choose another -o")
+    with disk_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
+        reports, run = _export(checkpoint, layout, planned, out, library, _Settings(max(1, threads), force, progress))
     return ExportReport(
         files=tuple(reports[name] for name in names),
         read_bytes=run.read_bytes,
@@ -150,10 +146,31 @@ def export_gguf(
     )
 
 
-def _held(planned: Planned, out: Path) -> int:
-    """Bytes that a broken-off run has reserved already."""
-    paths = [out / (part.name + PARTIAL) for part in planned.parts]
-    return sum(path.stat().st_blocks * 512 for path in paths if path.exists())
+def _export(
+    checkpoint: Checkpoint,
+    layout: GgufLayout,
+    planned: Sequence[Planned],
+    out: Path,
+    library: Library,
+    settings: _Settings,
+) -> tuple[dict[str, FileReport], _Run]:
+    force = settings.force
+    parent, quantiser = checkpoint.fingerprint, library.identity
+    there = [one for one in planned if not force and finished(one, out, parent, quantiser)]
+    todo = [one for one in planned if one not in there]
+    for one in todo:
+        for part in one.parts:
+            refuse_existing(out / part.name, force=force)
+    need_disk(out, sum(bytes_to_write(one, out) for one in todo) + SPARE_BYTES)
+    run = _Run(library, settings.threads, settings.progress, sum(_source_bytes(checkpoint, layout)))
+    reports = {one.target.name: _report(one, found=True) for one in there}
+    if todo:
+        earlier = Earlier(out, list(earlier_records(out)), quantiser)
+        with contextlib.ExitStack() as stack:
+            outputs = [stack.enter_context(opened(one, out, parent, quantiser)) for one in todo]
+            run.all(_sources(checkpoint, layout), outputs, earlier)
+        reports |= {output.planned.target.name: _report(output.planned, output) for output in outputs}
+    return reports, run
 
 
 def _sources(checkpoint: Checkpoint, layout: GgufLayout) -> list[Source]:
@@ -191,7 +208,7 @@ class _Run:
         self.kernel_seconds = 0.0
         self.read_bytes = 0
         self._library = library
-        self._threads = max(1, threads)
+        self._threads = threads
         self._progress = progress
         self._total = total
         self._done = 0
@@ -243,9 +260,9 @@ class _Run:
         loaded = work.source.load(piece)
         kernel, payloads = 0.0, []
         for group in work.groups:
-            began = time.perf_counter()
+            began = time.thread_time()
             data = self._stored(work.source, piece, loaded, group)
-            kernel += time.perf_counter() - began
+            kernel += time.thread_time() - began
             for output in group.outputs:
                 output.write(work.source.tensor.name, piece.first * group.row_bytes, data)
             payloads.append(blake3(data).digest())

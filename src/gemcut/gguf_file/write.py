@@ -6,6 +6,7 @@ A killed run leaves `NAME.gguf.partial`, whose first bytes are zeros; no reader 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import struct
 import threading
@@ -230,6 +231,17 @@ class GgufWriter:
             raise CheckpointError("the written header reads back differently", where=path.name)
 
 
+def _reserve(fd: int, size_bytes: int) -> None:
+    """A file of this size whose blocks are the file's own, where the file system can promise that."""
+    os.ftruncate(fd, size_bytes)
+    if hasattr(os, "posix_fallocate") and size_bytes:
+        try:
+            os.posix_fallocate(fd, 0, size_bytes)
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+                raise
+
+
 def _pwrite_all(fd: int, data: bytes, at: int) -> None:
     done = 0
     while done < len(data):
@@ -258,9 +270,7 @@ def gguf_writer(path: Path, layout: Layout, *, keep_partial: bool = False) -> It
         held = os.fstat(fd).st_size
         _pwrite_all(fd, bytes(min(layout.data_start, held)), 0)
         try:
-            os.ftruncate(fd, layout.size_bytes)
-            if hasattr(os, "posix_fallocate") and layout.size_bytes:
-                os.posix_fallocate(fd, 0, layout.size_bytes)
+            _reserve(fd, layout.size_bytes)
         except OSError:
             os.ftruncate(fd, min(held, layout.size_bytes))  # what cannot be finished shall not fill the disk
             raise
