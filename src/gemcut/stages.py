@@ -350,11 +350,15 @@ def kld(
     models = [open_checkpoint(path, name) for name, path in candidates.items()]
     settings = KldSettings(device=words.device, dtype=words.dtype, seed=words.seed)
     results = measure(base, models, corpus, settings, progress=progress)
-    named = dict(zip(candidates, results, strict=True))
+    return keep_kld(dict(zip(candidates, results, strict=True)), folder)
+
+
+def keep_kld(results: dict[str, KldResult], folder: Path | None) -> dict[str, KldResult]:
+    """The same results, written as one JSON each where a folder is given."""
     if folder is not None:
-        for name, result in named.items():
+        for name, result in results.items():
             records.save_kld(result, folder / kld_file(name))
-    return named
+    return results
 
 
 def kld_file(name: str) -> str:

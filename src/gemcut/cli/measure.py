@@ -20,6 +20,10 @@ from gemcut.types import Estimate, KldResult
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1.")
 @click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16"]), default="auto", show_default=True)
 @click.option("--seed", default=0, show_default=True, help="Seed of the bootstrap.")
+@click.option("--raw", is_flag=True, help="Messages as plain text, without the chat template.")
+@click.option("--tokenizer", metavar="FOLDER", help="Whose token ids, where only GGUF files are compared.")
+@click.option("--floor", is_flag=True, help="Also the base itself as a BF16 GGUF: what other arithmetic does.")
+@click.option("--threads", type=click.IntRange(min=1), help="Of llama.cpp; by default the cores that are free.")
 @click.option("-o", "--out", type=click.Path(), help="Keep the results in this folder.")
 @options.talk
 def kld(
@@ -30,20 +34,37 @@ def kld(
     device: str,
     dtype: str,
     seed: int,
+    raw: bool,
+    tokenizer: str | None,
+    floor: bool,
+    threads: int | None,
     out: str | None,
     talk: Talk,
 ) -> None:
-    """KL divergence of candidates from a base, streamed, no logits on disk."""
-    from gemcut import models, recipe, stages
+    """KL divergence of candidates from a base, streamed, no logits on disk.
+
+    BASE and each CANDIDATE are checkpoint folders or GGUF files; llama.cpp runs the latter. Token ids are made once, by
+    the base's own tokenizer, and both sides get the same.
+    """
+    import contextlib
+    import tempfile
+
+    from gemcut import comparing, recipe
 
     words = recipe.measure_words(
         {"corpus": corpus, "max_tokens": max_tokens, "device": device, "dtype": dtype, "seed": seed}
     )
-    model = models.open_model(base)
-    text = stages.corpus_of(words, model)
-    named = models.candidate_names(candidates)
-    results = stages.kld(model, named, text, words, Path(out) if out else None, progress=talk.progress)
+    folder = Path(out) if out else None
+    with contextlib.ExitStack() as stack:
+        compared = comparing.open_comparison(base, candidates, tokenizer)
+        text = comparing.corpus_for(compared, words, raw=raw)
+        if floor:
+            scratch = folder or Path(tempfile.gettempdir())
+            compared = stack.enter_context(comparing.with_floor(compared, scratch, progress=talk.progress))
+        results = comparing.measure(compared, text, words, folder, threads=threads, progress=talk.progress)
     show_kld(talk, results)
+    if compared.wants_floor:
+        talk.say("part of this is the arithmetic of llama.cpp and no loss of bits: --floor measures how much")
     talk.result({"results": list(results.values())}, path=out, text=out or "")
 
 
@@ -76,4 +97,5 @@ def show_kld(talk: Talk, results: Mapping[str, KldResult], title: str = "KL(base
 
 
 def _estimate(value: Estimate) -> str:
-    return f"{value.value:.4f} [{value.low:.4f}, {value.high:.4f}]"
+    digits = 4 if abs(value.value) >= 0.01 else 6  # a good GGUF is at 0.0001 nats
+    return f"{value.value:.{digits}f} [{value.low:.{digits}f}, {value.high:.{digits}f}]"

@@ -298,7 +298,7 @@ def _run_group(
                 sources.append(Lockstep(stack.enter_context(runner), corpus.items))
         for start in range(0, len(target), step):
             stop = min(start + step, len(target))
-            logits = []
+            logits: list[torch.Tensor] = []
             for i, source in zip(members, sources, strict=True):
                 out = source.logits(start, stop)
                 if not bool(torch.isfinite(out).all()):

@@ -24,7 +24,7 @@ from gemcut.stream.corpus import Corpus, Row
 from gemcut.stream.hidden import BATCH_TOKENS, Progress, Slabs, final_hidden
 from gemcut.stream.model import StreamedModel
 from gemcut.stream.rendering import tokenizer_hash
-from gemcut.types import F32
+from gemcut.types import F32, Json
 
 Compared: TypeAlias = Checkpoint | GgufFile
 
@@ -199,13 +199,14 @@ def _tokens(file: GgufFile) -> tuple[object, ...]:
 def _check_tokens(file: GgufFile, folder: Path) -> None:
     """Every id stands for the same piece in the file and in the folder's tokenizer.json."""
     value = read_json(folder / "tokenizer.json", "tokenizer.json")
-    inner = value.get("model")
+    inner, added = value.get("model"), value.get("added_tokens")
     vocabulary = inner.get("vocab") if isinstance(inner, dict) else None
-    pieces = {i: piece for piece, i in vocabulary.items()} if isinstance(vocabulary, dict) else {}
-    added = value.get("added_tokens")
+    pieces: dict[object, Json] = {}
+    if isinstance(vocabulary, dict):
+        pieces = {i: piece for piece, i in vocabulary.items() if isinstance(i, int)}
     for one in added if isinstance(added, list) else ():
-        if isinstance(one, dict):
-            pieces[one.get("id")] = one.get("content")
+        if isinstance(one, dict) and isinstance(one.get("id"), int):
+            pieces[one["id"]] = one.get("content")
     for i, token in enumerate(_tokens(file)):
         if i in pieces and pieces[i] != token:
             raise CheckpointError(

@@ -91,6 +91,7 @@ def load_corpus(
     classes: Sequence[str] | None = None,
     on_long: Literal["truncate", "refuse"] = "truncate",
     text_items: TextItems = "blocks",
+    raw: bool = False,
 ) -> Corpus:
     """Read a corpus file and turn it into token ids with the tokenizer and chat template of a checkpoint folder.
 
@@ -103,6 +104,7 @@ def load_corpus(
         classes: only these classes.
         text_items: `.txt` only. "blocks": one item per blank-line separated block. "chunks": the whole text cut into
             items of `max_tokens_per_item` tokens, each with its own BOS.
+        raw: messages become plain text, reasoning and answers joined by blank lines, without the chat template.
     Raises:
         UsageError: see corpus_file; also a class that is not there, a budget that holds no item, an item of fewer than
             two tokens.
@@ -119,7 +121,7 @@ def load_corpus(
         if not items:
             raise UsageError("the corpus is empty or blank", where=path.name)
     else:
-        items = list(_items(path, tokenizer, max_tokens_per_item, on_long))
+        items = list(_items(path, tokenizer, max_tokens_per_item, on_long, raw=raw))
     if classes is not None:
         items = _of_classes(items, classes, path)
     taken = items if max_tokens is None else _within(items, max_tokens, path)
@@ -133,12 +135,17 @@ def load_corpus(
     return corpus
 
 
-def _items(path: Path, tokenizer: Tokenizer, limit: int, on_long: Literal["truncate", "refuse"]) -> Iterator[_Item]:
+def _items(
+    path: Path, tokenizer: Tokenizer, limit: int, on_long: Literal["truncate", "refuse"], *, raw: bool
+) -> Iterator[_Item]:
     for entry in read_entries(path):
         record = entry.record
         where = f"{path.name}, line {entry.line}, item {record.id!r}"
         reasoning = False
-        if record.messages is not None:
+        if record.messages is not None and raw:
+            parts = [part for m in record.messages for part in (m.reasoning_content, m.content) if part]
+            rendered = render_text(tokenizer, "\n\n".join(parts), where)
+        elif record.messages is not None:
             rendered = render_messages(tokenizer, record.messages, where)
             reasoning = any(m.reasoning_content for m in record.messages)
         else:
@@ -156,7 +163,7 @@ def _items(path: Path, tokenizer: Tokenizer, limit: int, on_long: Literal["trunc
                 wanted=f"at most {limit}",
                 hint="raise max_tokens_per_item, or let long items be truncated",
             )
-        kind: Literal["chat", "text"] = "text" if record.messages is None else "chat"
+        kind: Literal["chat", "text"] = "text" if raw or record.messages is None else "chat"
         yield _item(record.id, record.cls, record.weight, rendered, limit, kind, reasoning=reasoning)
 
 
