@@ -52,7 +52,7 @@ GENERATION = {
 }
 
 
-def _written(path: Path, value: object) -> None:
+def written(path: Path, value: object) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
@@ -87,12 +87,12 @@ def export(shape: Shape, state: Path, tokenizer: Path, out: Path) -> None:
         (out / name).chmod(0o644)  # safetensors writes files for the owner alone
         where |= dict.fromkeys(part, name)
     total = sum(value.nbytes for value in values.values())
-    _written(
+    written(
         out / "model.safetensors.index.json",
         {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))},
     )
-    _written(out / "config.json", config(shape))
-    _written(out / "generation_config.json", GENERATION)
+    written(out / "config.json", config(shape))
+    written(out / "generation_config.json", GENERATION)
     for name in TOKENIZER_FILES:
         shutil.copyfile(tokenizer / name, out / name)
 

@@ -63,11 +63,9 @@ def token_ids(tokenizer: Any, item: dict[str, Any]) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def loaded(folder: Path, dtype: torch.dtype) -> Any:
-    """The stock model with eager experts; a missing or unexpected tensor is an error."""
-    model, info = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, experts_implementation="eager", output_loading_info=True
-    )
+def loaded(folder: Path, dtype: torch.dtype, *, experts: str = "eager", kind: Any = AutoModelForCausalLM) -> Any:
+    """The stock model, by default with eager experts; a missing or unexpected tensor is an error."""
+    model, info = kind.from_pretrained(folder, dtype=dtype, experts_implementation=experts, output_loading_info=True)
     wrong = {name: sorted(info[name]) for name in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[name]}
     if wrong:
         raise ValueError(f"{folder} does not load cleanly: {wrong}")
