@@ -34,6 +34,10 @@ EXAMPLES = {
     "gemcut cut demo:dense --plan plan.json --heal healed -o small",
     "verify": "gemcut verify small --base demo:moe --plan plan.json",
     "diff": "gemcut diff demo:moe small\ngemcut diff plan-a.json plan-b.json",
+    "imatrix": "gemcut imatrix stats -o imatrix.gguf\n"
+    "gemcut imatrix demo:moe --corpus demo:calibration -o imatrix.gguf\n"
+    "gemcut imatrix stats --variant auto --for IQ2_M -o imatrix.gguf\n"
+    "gemcut imatrix imatrix.gguf --merge other.gguf -o both.gguf",
     "gguf": "gemcut gguf demo:moe -t Q4_K_M -t Q8_0 -o gguf\n"
     "gemcut gguf demo:moe -t IQ3_M --tensor-type attn_k=q6_k --dry-run -o gguf",
     "kld": "gemcut kld demo:moe small --corpus demo:heldout",

@@ -30,6 +30,7 @@ _CUT_MEMORY_BYTES = 512 << 20  # the bound that bench/bench_cut.py holds
 _KLD_EXTRA_BYTES = 1 << 30
 _LIGHT_MEMORY_BYTES = 400 << 20
 _SMALL_WRITE_BYTES = 4 << 20
+_LINEAR_SUMS_BYTES = 2 * 2 * 8 + 4  # of each column of a linear's input: Σa² and Σa⁴ of two halves, and the largest
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +94,30 @@ def estimate_observe(base: Checkpoint, corpus: Corpus, words: Observe, out: Path
     """Costs of one observation."""
     rates = machine.measure_rates(base.path / next(iter(base.shards)), out)
     return _whole([_stated(_observe(base, corpus, words, rates), "to do")], out, rates)
+
+
+def estimate_imatrix(
+    base: Checkpoint,
+    corpus: Corpus | None,
+    words: Observe | None,
+    statistics: Path,
+    *,
+    looks_at_weights: bool,
+    out: Path,
+) -> Preflight:
+    """Costs of an importance matrix; of the observation before it where there are no statistics yet."""
+    from gemcut.export.imatrix import wants_importance
+    from gemcut.export.layout import layout_of
+
+    rates = machine.measure_rates(base.path / next(iter(base.shards)), out)
+    tensors = [tensor for tensor in layout_of(base).tensors if wants_importance(tensor)]
+    columns = [(t.shape[0] if len(t.shape) == 3 else 1) * t.shape[-1] for t in tensors]
+    costs = []
+    if corpus is not None and words is not None:
+        costs.append(_stated(_observe(base, corpus, words, rates), "to do"))
+    read = sum(columns) * _LINEAR_SUMS_BYTES + (base.size_bytes if looks_at_weights else 0)
+    costs.append(StageCost("imatrix", "to do", read, sum(columns) * 4 + _SMALL_WRITE_BYTES, _LIGHT_MEMORY_BYTES, None))
+    return _whole(costs, statistics if corpus is not None else out, rates)
 
 
 def estimate_cut(base: Checkpoint, plan_file: Path, out: Path) -> Preflight:

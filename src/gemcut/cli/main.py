@@ -29,6 +29,10 @@ VERBS: dict[str, tuple[str, str]] = {
         "gemcut.cli.checkpoints:diff",
         "Tensor by tensor between two checkpoints, or drop by drop between two plans.",
     ),
+    "imatrix": (
+        "gemcut.cli.imatrix:imatrix",
+        "Importance matrix that llama.cpp reads; from statistics without a second pass.",
+    ),
     "gguf": (
         "gemcut.cli.gguf:gguf",
         "Write GGUF files straight from safetensors, many types from one read.",

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import struct
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.export.imatrix.small import DENSE, EXPERTS, small, small_layout
 
-from gemcut.errors import CheckpointError, GemcutError, UsageError
+from gemcut.errors import CheckpointError, UsageError
 from gemcut.export.imatrix import Entry, Imatrix, fit, read_imatrix, write_imatrix
 
 
@@ -161,7 +162,7 @@ def test_a_killed_writer_leaves_nothing_that_is_read(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError):
             read_imatrix(tmp_path / "cut.gguf")
     (tmp_path / "cut.gguf").write_bytes(bytes(len(whole)))
-    with pytest.raises(CheckpointError, match="never finished|not a GGUF"):
+    with pytest.raises(CheckpointError, match="not a GGUF"):
         read_imatrix(tmp_path / "cut.gguf")
 
 
@@ -222,7 +223,5 @@ def test_hostile_files_of_the_older_form(tmp_path: Path, change: Callable[[bytes
 def test_any_bytes_are_read_or_refused(tmp_path_factory: pytest.TempPathFactory, raw: bytes) -> None:
     path = tmp_path_factory.mktemp("b") / "i.dat"
     path.write_bytes(raw)
-    try:
-        read_imatrix(path)
-    except GemcutError as error:
-        assert isinstance(error, CheckpointError)
+    with contextlib.suppress(CheckpointError):
+        assert read_imatrix(path).entries

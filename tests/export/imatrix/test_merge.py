@@ -51,10 +51,12 @@ def test_only_sums_of_squares_of_one_model_add_up() -> None:
         merge(small(), replace(small(), variant="rms4"))
     with pytest.raises(UsageError, match="lost its counts"):
         merge(small(), replace(small(), chunk_size=0))
+    with pytest.raises(UsageError, match="count twice"):
+        merge(replace(small(), corpus_hash="a" * 64), replace(small(1), corpus_hash="a" * 64))
     with pytest.raises(CheckpointError, match="different models"):
         merge(replace(small(), model_fingerprint="a" * 64), replace(small(), model_fingerprint="b" * 64))
     with pytest.raises(CheckpointError, match="only in one"):
         merge(small(), replace(small(), entries={DENSE: small().entries[DENSE]}))
+    odd = Entry(np.ones((1, 9), np.float32), np.ones(1, np.int64))
     with pytest.raises(CheckpointError, match="two shapes"):
-        odd = Entry(np.ones((1, 9), np.float32), np.ones(1, np.int64))
         merge(small(), replace(small(), entries={**small().entries, DENSE: odd}))

@@ -51,7 +51,7 @@ def test_coverage_and_gate() -> None:
     gate(fine)
     poor = coverage(small(counts=(400, 0, 0, 3)), small_layout())
     (one,) = poor.experts
-    assert (one.name, one.layer, one.starved, one.unseen, one.least) == (EXPERTS, 0, (1, 2, 3), (1, 2), 0)
+    assert (one.name, one.starved, one.unseen, one.least) == (EXPERTS, (1, 2, 3), (1, 2), 0)
     with pytest.raises(QualityError) as found:
         gate(poor)
     assert EXPERTS in str(found.value)

@@ -94,15 +94,15 @@ def test_column_energy(observed: Get) -> None:
 
 def test_statistics_of_another_model_are_refused(observed: Get) -> None:
     dense, moe = observed("dense"), observed("moe")
+    wider = tuple(
+        replace(t, shape=(t.shape[0], t.shape[1] * 2)) if t.name == "blk.3.attn_q.weight" else t
+        for t in dense.layout.tensors
+    )
     with pytest.raises(CheckpointError, match="another shape"):
-        tensors = tuple(
-            replace(t, shape=(t.shape[0], t.shape[1] * 2)) if t.name == "blk.3.attn_q.weight" else t
-            for t in dense.layout.tensors
-        )
-        from_statistics(dense.folder, replace(dense.layout, tensors=tensors))
+        from_statistics(dense.folder, replace(dense.layout, tensors=wider))
+    fewer = tuple(t for t in moe.layout.tensors if t.layer != 5)
     with pytest.raises(CheckpointError, match="numbers of layers"):
-        tensors = tuple(t for t in moe.layout.tensors if t.layer != 5)
-        from_statistics(moe.folder, replace(moe.layout, tensors=tensors))
+        from_statistics(moe.folder, replace(moe.layout, tensors=fewer))
 
 
 def test_what_was_not_observed_is_listed(observed: Get) -> None:

@@ -1,5 +1,6 @@
 """Importance matrices: from the statistics of a pass, from llama.cpp's files, merged, judged by the real quantisers."""
 
+from gemcut.export.imatrix.auto import Choice, choose
 from gemcut.export.imatrix.entries import Entry, Imatrix, Variant, fit, missing_entries, wants_importance
 from gemcut.export.imatrix.file import read_imatrix, write_imatrix
 from gemcut.export.imatrix.merge import merge
@@ -10,11 +11,13 @@ from gemcut.export.imatrix.variants import FORMULAS
 __all__ = [
     "FORMULAS",
     "PRIOR_TOKENS",
+    "Choice",
     "Coverage",
     "Entry",
     "Imatrix",
     "TensorCoverage",
     "Variant",
+    "choose",
     "coverage",
     "fit",
     "from_statistics",

@@ -7,6 +7,7 @@ import numpy as np
 from gemcut.errors import CheckpointError, UsageError
 from gemcut.export.imatrix.entries import Entry, Imatrix, entry_of
 from gemcut.export.imatrix.starved import shrink, starved_units, unshrink
+from gemcut.store import fingerprint
 from gemcut.types import F64
 
 
@@ -29,6 +30,8 @@ def merge(first: Imatrix, second: Imatrix) -> Imatrix:
                 "an imatrix of llama.cpp's older form has lost its counts, and does not add up",
                 hint="make it anew in the GGUF form",
             )
+    if first.corpus_hash and first.corpus_hash == second.corpus_hash:
+        raise UsageError("both are of the same text: it would count twice", got=f"corpus {first.corpus_hash[:12]}…")
     known = {one.model_fingerprint for one in (first, second) if one.model_fingerprint}
     if len(known) > 1:
         raise CheckpointError(
@@ -58,6 +61,7 @@ def merge(first: Imatrix, second: Imatrix) -> Imatrix:
         prior_tokens=prior,
         starved=starved,
         model_fingerprint=next(iter(known), ""),
+        corpus_hash=fingerprint({"merged": [first.corpus_hash, second.corpus_hash]}),
     )
 
 

@@ -70,7 +70,6 @@ class TensorCoverage:
     """
 
     name: str
-    layer: int | None
     units: int
     mean: float
     least: int
@@ -97,9 +96,9 @@ class Coverage:
         return tuple(one for one in self.experts if one.starved_share > MAX_STARVED_SHARE)
 
 
-def coverage(imatrix: Imatrix, layout: GgufLayout) -> Coverage:
-    """Who saw how much. The imatrix has the layout's shapes (`fit`)."""
-    layers = {tensor.name: tensor.layer for tensor in layout.tensors}
+def coverage(imatrix: Imatrix, layout: GgufLayout | None = None) -> Coverage:
+    """Who saw how much. The imatrix has the layout's shapes (`fit`); without one nothing is known to be missing."""
+    missing = () if layout is None else missing_entries(imatrix, layout)
     experts, whole = [], []
     for name in imatrix.entries:
         counts = imatrix.tokens(name)
@@ -109,7 +108,6 @@ def coverage(imatrix: Imatrix, layout: GgufLayout) -> Coverage:
         experts.append(
             TensorCoverage(
                 name=name,
-                layer=layers.get(name),
                 units=len(counts),
                 mean=float(counts.mean()),
                 least=int(counts.min()),
@@ -117,7 +115,7 @@ def coverage(imatrix: Imatrix, layout: GgufLayout) -> Coverage:
                 unseen=tuple(int(u) for u in np.flatnonzero(counts == 0)),
             )
         )
-    return Coverage(min(whole, default=0), len(imatrix.entries), tuple(experts), missing_entries(imatrix, layout))
+    return Coverage(min(whole, default=0), len(imatrix.entries), tuple(experts), missing)
 
 
 def gate(found: Coverage) -> None:

@@ -96,6 +96,11 @@ def observed(folder: Path, index: StatisticsIndex, layout: GgufLayout) -> Iterat
         )
     for layer in sorted(by_layer):
         sums = load_linears(folder, index, layer)
+        if odd_modules := sorted(sums.keys() - {_module(tensor, layer) for tensor in by_layer[layer]}):
+            raise CheckpointError(
+                "the statistics are of another model: they hold a linear that this one has not",
+                where=f"layer {layer}, {odd_modules[0]}",
+            )
         for tensor in by_layer[layer]:
             found = sums.get(_module(tensor, layer))
             if found is None:
