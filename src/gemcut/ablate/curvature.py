@@ -19,7 +19,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -209,7 +208,7 @@ class _Run:
         name, scale = self.model.end_names()[0], self.model.embedding_scale
         sums = self.sums.setdefault(name, _Sums.of(torch.Size(self.model.checkpoint.ref(name).shape)))
         for batch, view in zip(self.passage.batches, self.passage.views(self.gradient), strict=True):
-            ids = torch.from_numpy(np.ascontiguousarray(self.passage.rows[batch.rows[0]].ids))
+            ids = torch.from_numpy(self.passage.rows[batch.rows[0]].ids.copy())
             tokens, of = torch.unique(ids, return_inverse=True)
             gradient = torch.zeros((len(tokens), view.shape[-1]), dtype=torch.float32)
             gradient.index_add_(0, of, view[0, : len(ids)].float())
