@@ -27,7 +27,8 @@ def read(cls: type[R], f: Fields, /, **given: object) -> R:
     Raises:
         CheckpointError: names the file and the path inside it.
     """
-    values = {name: given[name] if name in given else _value(kind, f, name) for name, kind in _kinds(cast(Any, cls)).items()}
+    kinds = _kinds(cast(Any, cls))
+    values = {name: given[name] if name in given else _value(kind, f, name) for name, kind in kinds.items()}
     f.done()
     return cls(**values)
 
