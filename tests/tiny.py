@@ -88,12 +88,16 @@ def full_config(kind: Kind, dtype: str = "bfloat16", **overrides: Any) -> dict[s
 
 def make_tokenizer(folder: Path, size: int = VOCABULARY) -> None:
     """A byte-level stand-in in Gemma's style: ▁ for spaces, byte fallback, Gemma 4's turn and channel markers; tokens
-    that no text gives fill it up to `size`."""
+    that no text gives fill it up to `size`. llama.cpp wants a merge, so two of those have one."""
     vocabulary = {token: i for i, token in enumerate(SPECIALS)}
     for byte in range(256):
         vocabulary[f"<0x{byte:02X}>"] = len(vocabulary)
     for letter in "▁etaoinshrdlu":
         vocabulary[letter] = len(vocabulary)
+    free = size - len(vocabulary)
+    merges = [["<unused0>", "<unused1>"]] if free > 2 else []
+    for pair in merges:
+        vocabulary["".join(pair)] = len(vocabulary)
     for unused in range(size - len(vocabulary)):
         vocabulary[f"<unused{unused}>"] = len(vocabulary)
     added = [
@@ -110,7 +114,7 @@ def make_tokenizer(folder: Path, size: int = VOCABULARY) -> None:
             {"type": "Fuse"}]},
         "model": {"type": "BPE", "dropout": None, "unk_token": "<unk>", "continuing_subword_prefix": None,
                   "end_of_word_suffix": None, "fuse_unk": True, "byte_fallback": True, "ignore_merges": False,
-                  "vocab": vocabulary, "merges": []},
+                  "vocab": vocabulary, "merges": merges},
     }  # fmt: skip
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer, ensure_ascii=False))
     (folder / "tokenizer_config.json").write_text(
@@ -222,7 +226,10 @@ def add_vision(folder: Path, seed: int = 1, **overrides: Any) -> Path:
     for name, tensor in model.state_dict().items():
         if "vision" in name:
             noise = 0.1 * torch.randn(tensor.shape, generator=generator)
-            tower[name] = (tensor.detach().float() + noise).to(torch.bfloat16).contiguous()
+            value = tensor.detach().float() + noise
+            if tensor.ndim == 0:  # clips are infinite at first
+                value = (noise + 8.0) * (1 if name.endswith("max") else -1)
+            tower[name] = value.to(torch.bfloat16).contiguous()
     index_file = folder / "model.safetensors.index.json"
     if index_file.exists():
         index = json.loads(index_file.read_text())

@@ -11,19 +11,23 @@ from pathlib import Path
 
 from gemcut import machine, store
 from gemcut.checkpoint import Checkpoint
+from gemcut.checkpoint.edited import EditedCheckpoint
 from gemcut.errors import MissingError, UsageError
 from gemcut.export import imatrix as importance
 from gemcut.export.imatrix import Imatrix
 from gemcut.export.layout import layout_of, vision_layout_of
 from gemcut.export.metadata import file_metadata
 from gemcut.export.mix import overrides, shapes, sizes, stock
+from gemcut.export.output import bytes_to_write
 from gemcut.export.provenance import provenance
-from gemcut.export.run import ExportReport, export_gguf
+from gemcut.export.run import SPARE_BYTES, ExportReport, export_gguf
 from gemcut.export.source import PIECE_ELEMENTS
 from gemcut.export.targets import Planned, Target, plan_target
 from gemcut.families.gguf import GgufLayout, Value
 from gemcut.ggml.library import Library, load
 from gemcut.ggml.types import GgmlType
+from gemcut.records import load_plan
+from gemcut.surgery import cut_for_gguf
 
 Progress = Callable[[int, int, str], None]
 PROJECTORS = ("F32", "F16", "BF16", "Q8_0")
@@ -100,6 +104,7 @@ class _Files:
     def plan(self, layout: GgufLayout, name: str, types: Mapping[str, GgmlType], number: int) -> Planned:
         """One file laid out."""
         base, parent = self.checkpoint, self.checkpoint.fingerprint
+        whole = base.base.fingerprint if isinstance(base, EditedCheckpoint) else parent
         keys = self._keys.get(layout.architecture)  # the vocabulary is read once for all files
         if keys is None:
             keys = file_metadata(base.path, base.config, layout, name=base.name, file_type=number)
@@ -108,7 +113,7 @@ class _Files:
         metadata = {
             **keys,
             "general.file_type": Value("u32", number),
-            **provenance(parent, self.library.identity, self.imatrix, file),
+            **provenance(whole, self.library.identity, self.imatrix, file, cut=parent if whole != parent else ""),
         }
         target = Target(name, types, metadata, self.imatrix)
         return plan_target(
@@ -151,6 +156,16 @@ def plan_export(checkpoint: Checkpoint, words: GgufWords, library: Library | Non
     return tuple(exports)
 
 
+def after_plan(base: Checkpoint, plan_file: Path, healed: Path | None = None) -> Checkpoint:
+    """The model as the plan leaves it, read from the base and never written. The plan may keep other numbers of heads
+    in every layer: a GGUF file can say that, a config.json cannot.
+
+    Raises:
+        UsageError, CheckpointError: the plan does not fit the model.
+    """
+    return cut_for_gguf(base, load_plan(plan_file), healed)
+
+
 def projector_types(layout: GgufLayout, kind: GgmlType) -> dict[str, GgmlType]:
     """One type for every matrix of an mmproj file, as the converter's --outtype has it; F16 where it does not fit."""
     return {
@@ -178,7 +193,7 @@ def estimate(exports: Sequence[Export], out: Path, threads: int) -> GgufPrefligh
             header = plan.parts[0].data_start
             kinds = sizes.file_size(header, plan.target.types, export.layout).kinds
             files.append(FileCost(plan.target.name, len(plan.parts), plan.size_bytes, plan.bits_per_weight, kinds))
-    write = sum(one.size_bytes for one in files)
+    write = sum(bytes_to_write(plan, out) for export in exports for plan in export.planned)
     headers = sum(part.data_start for export in exports for plan in export.planned for part in plan.parts)
     memory = _BASE_MEMORY_BYTES + _HEADER_COPIES * headers // max(len(files), 1) + headers
     memory += threads * 8 * PIECE_ELEMENTS * 4
@@ -186,7 +201,7 @@ def estimate(exports: Sequence[Export], out: Path, threads: int) -> GgufPrefligh
         tuple(files), sum(one.read_bytes for one in exports), write, store.free_bytes(out), memory,
         machine.available_bytes(), threads,
     )  # fmt: skip
-    store.need_disk(out, write)
+    store.need_disk(out, write + SPARE_BYTES)
     if found.memory_bytes > found.available_bytes:
         raise MissingError(
             "not enough memory",

@@ -77,12 +77,14 @@ def plan_heads(
     words: HeadWords,
     measured: HeadImportance | None = None,
     *,
+    gguf_only: bool = False,
     progress: Progress | None = None,
 ) -> planning.PlannedHeads:
     """Score by one criterion and decide which query heads stay.
 
     Args:
         measured: for criteria that need the whole model (`loo`, `taylor`).
+        gguf_only: see `plan.plan_heads`.
     """
     layers = layers_of(words.layers)
     rows = _rows_of(base, measured, choice.criterion, layers)
@@ -100,7 +102,7 @@ def plan_heads(
     names = base.tensors.keys()
     every = sorted({site.layer for site in base.sites if site.kind == "heads"})
     shapes = {layer: base.family.attention(base.text_config, names, layer) for layer in every}
-    return planning.plan_heads(scores, shapes, drop=words.drop, layers=layers, mode=words.mode)
+    return planning.plan_heads(scores, shapes, drop=words.drop, layers=layers, mode=words.mode, gguf_only=gguf_only)
 
 
 def _rows_of(
@@ -152,6 +154,7 @@ def heal_settings(words: HealWords) -> HealSettings:
     return HealSettings(
         method=words.method,
         target=words.target,
+        experts=words.experts,
         ridges=words.ridges,
         device=words.device,
         dtype=None if words.dtype == "auto" else words.dtype,

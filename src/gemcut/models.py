@@ -7,6 +7,7 @@ from pathlib import Path
 
 from gemcut import checkpoint, shipped
 from gemcut.checkpoint import Checkpoint, Inspection, open_checkpoint, resolve
+from gemcut.families import is_drafter
 from gemcut.types import Manifest
 
 Progress = Callable[[int, int, str], None]
@@ -19,6 +20,14 @@ def open_model(ref: str) -> Checkpoint:
         return open_checkpoint(local, ref)
     found = resolve(ref)
     return open_checkpoint(found.path, found.name)
+
+
+def open_exportable(ref: str) -> Checkpoint:
+    """A model, or a drafter, which can be exported and not cut; headers only."""
+    found = _open_any(ref)
+    if not is_drafter(found.config):
+        _ = found.sites  # every shape that the family relies on
+    return found
 
 
 def inspection(ref: str) -> Inspection:

@@ -10,7 +10,13 @@ import pytest
 from gguf import GGUFReader, GGUFWriter
 from tests.cli.verb import gemcut
 
+from gemcut.checkpoint import open_checkpoint
 from gemcut.gguf_file import open_gguf, read_gguf
+from gemcut.records import save_plan
+from gemcut.types import LayerPlan, Plan
+from tiny import make_drafter
+
+DEMO_DENSE = Path(__file__).parents[2] / "demo" / "dense"
 
 
 def test_many_types_from_one_read_and_nothing_the_second_time(
@@ -48,6 +54,37 @@ def test_a_dry_run_says_the_size_to_the_byte_and_writes_nothing(
     code, out, _ = gemcut(capsys, *args, "--dry-run")
     assert f"{file.size_bytes:,}" in out
     assert "free" in out
+
+
+def test_a_plan_on_the_way_with_heads_of_its_own_in_every_layer(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = open_checkpoint(DEMO_DENSE)
+    layers = {1: LayerPlan((0, 2, 4, 6), dict.fromkeys((1, 3, 5, 7), "test")),
+              5: LayerPlan((4, 5, 6, 7), dict.fromkeys(range(4), "test"))}  # fmt: skip
+    plan = Plan("heads", base.fingerprint, 8, layers, params={"mode": "structural"})
+    save_plan(plan, tmp_path / "plan.json")
+    args = ("demo:dense", "--plan", tmp_path / "plan.json")
+    code, _, err = gemcut(capsys, "cut", *args, "-o", tmp_path / "cut")
+    assert code == 2
+    assert "gemcut gguf --plan" in err
+    code, _, _ = gemcut(capsys, "gguf", *args, "-t", "Q8_0", "-o", tmp_path / "o")
+    assert code == 0
+    found = read_gguf(tmp_path / "o" / "demo-dense-cut-Q8_0.gguf")
+    assert found.value("gemma4.attention.head_count") == (8, 4, 8, 8, 8, 4, 8, 8, 8, 8, 8, 8)
+    assert found.value("gemma4.attention.head_count_kv") == (4, 4, 4, 4, 4, 1, 4, 4, 4, 4, 4, 2)
+    assert found.value("gemcut.parent.fingerprint") == base.fingerprint
+    assert found.ref("blk.1.attn_q.weight").shape == (128, 256)
+    code, _, err = gemcut(capsys, "gguf", "demo:dense", "-t", "Q8_0", "--heal", tmp_path, "-o", tmp_path / "o")
+    assert code == 2
+    assert "--plan" in err
+
+
+def test_a_drafter_is_exported_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = make_drafter(tmp_path / "little-drafter")
+    code, _, err = gemcut(capsys, "gguf", folder, "-t", "BF16", "-o", tmp_path / "o")
+    assert code == 0, err
+    assert read_gguf(tmp_path / "o" / "little-drafter-BF16.gguf").value("general.architecture") == "gemma4-assistant"
 
 
 def test_parts_of_at_most_a_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

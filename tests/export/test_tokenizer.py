@@ -42,8 +42,8 @@ def test_types_ids_and_order(folder: Path) -> None:
     assert kind["<|channel>"] == kind["<channel|>"] == USER_DEFINED
     assert kind["<0x0A>"] == BYTE
     keys = [key.removeprefix("tokenizer.ggml.") for key in found]
-    assert keys == ["model", "tokens", "scores", "token_type", "bos_token_id", "eos_token_id", "unknown_token_id",
-                    "padding_token_id", "mask_token_id", "seperator_token_id", "add_eos_token",
+    assert keys == ["model", "tokens", "scores", "token_type", "merges", "bos_token_id", "eos_token_id",
+                    "unknown_token_id", "padding_token_id", "mask_token_id", "seperator_token_id", "add_eos_token",
                     "tokenizer.chat_template", "add_space_prefix", "add_bos_token"]  # fmt: skip
     assert found["tokenizer.ggml.add_bos_token"] == Value("bool", True)
     assert found["tokenizer.ggml.seperator_token_id"] == Value("u32", 9)
@@ -117,7 +117,8 @@ def swap_bos_away(tokenizer: dict[str, Any]) -> None:
         (lambda t: t["model"].update(byte_fallback=False), "no BPE"),
         (lambda t: t["model"].update(merges=["a b c"]), "no pair"),
         (lambda t: t["model"].update(merges=[["a", 3]]), "no pair"),
-        (lambda t: t["model"].pop("merges"), "no list of merges"),
+        (lambda t: t["model"].pop("merges"), "no merges"),
+        (lambda t: t["model"].update(merges=[]), "no merges"),
         (swap_bos_away, "lacks a special token"),
     ],
 )

@@ -200,6 +200,26 @@ def test_31b_at_24_heads() -> None:
     assert planned.plan.params["notes"] == list(planned.notes)
 
 
+def test_a_plan_for_gguf_alone_leaves_layers_whole() -> None:
+    scores, shapes = random_scores(6, 32), shapes_31b()
+    planned = plan_heads(scores, shapes, drop=0.25, layers=(0, 5), mode="structural", gguf_only=True)
+    assert sorted(planned.plan.layers) == [0, 5]
+    assert planned.kv_heads == {0: (16, 12), 5: (4, 4)}
+    assert planned.plan.params["gguf_only"] is True
+    assert planned.notes == (), "layer 4 is the last sliding one, and a drafter reads its keys"
+    last = plan_heads(scores, shapes, drop=0.25, layers=(4,), mode="structural", gguf_only=True)
+    assert last.notes == ("sliding layers keep 12 of 16 KV heads: a drafter trained for 16 no longer fits",)
+    mixed = {0: attention(8, 4), 1: attention(8, 2)}  # 6 heads: 3 of 4 KV heads here, 2 of 2 there
+    ragged = plan_heads(random_scores(2, 8), mixed, drop=2, mode="structural", gguf_only=True)
+    assert ragged.kv_heads == {0: (4, 3), 1: (2, 2)}
+    with pytest.raises(UsageError, match="different numbers of KV heads"):
+        plan_heads(random_scores(2, 8), mixed, drop=2, mode="structural")
+    with pytest.raises(UsageError, match="for GGUF alone"):
+        plan_heads(scores, shapes, drop=0.25, gguf_only=True)
+    with pytest.raises(UsageError, match="every layer that is cut"):
+        plan_heads(random_scores(2, 8), mixed, drop=3, layers=(0,), mode="structural", gguf_only=True)
+
+
 def test_whole_kv_heads_say_why() -> None:
     planned = plan_heads(scores_of([[1, 2, 0, 9, 5, 5]]), {0: attention(6, 3)}, drop=2, mode="structural")
     assert planned.plan.layers[0].keep == (2, 3, 4, 5)

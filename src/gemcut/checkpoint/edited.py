@@ -83,7 +83,7 @@ class EditedCheckpoint(Checkpoint):
 
 
 def edited_checkpoint(base: Checkpoint, edits: Edits, config: Mapping[str, Json]) -> EditedCheckpoint:
-    """The base after these edits, with this config.json.
+    """The base after these edits, with this config.json; it is called what the base is, and `-cut`.
 
     Raises:
         CheckpointError: an edit does not fit the base.
@@ -100,7 +100,7 @@ def edited_checkpoint(base: Checkpoint, edits: Edits, config: Mapping[str, Json]
             origins[new.name] = _origin(base.path / ref.shard, ref, edit)
     return EditedCheckpoint(
         path=base.path,
-        name=base.name,
+        name=f"{base.name}-cut",
         config=config,
         shards=base.shards,
         tensors=MappingProxyType(tensors),

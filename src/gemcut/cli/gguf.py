@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     type=click.Choice(["F32", "F16", "BF16", "Q8_0"], case_sensitive=False),
     help="Write the vision tower's file, too.",
 )
+@click.option("--plan", "plan_file", type=click.Path(), help="Cut on the way; heads may differ from layer to layer.")
+@click.option("--heal", type=click.Path(), help="With --plan: a folder of gemcut heal, what it refitted goes in.")
 @click.option("--threads", type=click.IntRange(min=1), help="Threads that quantise; by default one for each core.")
 @click.option("--max-shard-size", type=ByteSize(), help="Split files into parts of at most this, as 2GiB or 4GB.")
 @options.force
@@ -42,6 +44,8 @@ def gguf(
     imatrix: str | None,
     overrides: tuple[str, ...],
     mmproj: str | None,
+    plan_file: str | None,
+    heal: str | None,
     threads: int | None,
     max_shard_size: int | None,
     force: bool,
@@ -53,11 +57,17 @@ def gguf(
     Finished tensors of a run that broke off stay; tensors that an earlier export in the folder holds are copied.
     """
     from gemcut import exporting, machine, models
+    from gemcut.errors import UsageError
 
     words = exporting.GgufWords(
         types, Path(imatrix) if imatrix else None, overrides, max_shard_size, (mmproj or "").upper()
     )
-    exports = exporting.plan_export(models.open_model(model), words)
+    base = models.open_exportable(model)
+    if heal and not plan_file:
+        raise UsageError("--heal goes with the --plan that it refitted")
+    if plan_file:
+        base = exporting.after_plan(base, Path(plan_file), Path(heal) if heal else None)
+    exports = exporting.plan_export(base, words)
     threads = threads or machine.cores()
     found = exporting.estimate(exports, Path(out), threads)
     if dry_run:

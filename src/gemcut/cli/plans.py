@@ -68,6 +68,9 @@ def experts(
 )
 @click.option("--layers", metavar="RANGES", help="For example 0-3,5; all by default.")
 @click.option("--structural", is_flag=True, help="Take rows and columns out instead of writing zeros.")
+@click.option(
+    "--gguf-only", is_flag=True, help="Structural in some layers and not in others: for gemcut gguf --plan alone."
+)
 @click.option("--criterion", default="obs", show_default=True, help="gemcut list criteria.")
 @click.option("--param", "params", multiple=True, metavar="NAME=VALUE", help="A parameter of the criterion.")
 @click.option("--importance", type=click.Path(), help="What gemcut ablate measured, for loo and taylor.")
@@ -80,6 +83,7 @@ def heads(
     drop: float,
     layers: str | None,
     structural: bool,
+    gguf_only: bool,
     criterion: str,
     params: tuple[str, ...],
     importance: str | None,
@@ -91,7 +95,8 @@ def heads(
     from gemcut import head_stages, models, recipe, records, stages
     from gemcut.records.importance import load_importance
 
-    words = recipe.head_words({"drop": drop, "layers": layers, "mode": "structural" if structural else "mask"})
+    mode = "structural" if structural or gguf_only else "mask"
+    words = recipe.head_words({"drop": drop, "layers": layers, "mode": mode})
     base = models.open_model(model or records.load_statistics_index(Path(stats)).meta.model_name)
     planned = head_stages.plan_heads(
         base,
@@ -99,6 +104,7 @@ def heads(
         recipe.Choice(criterion=criterion, params=recipe.params(params)),
         words,
         load_importance(Path(importance)) if importance else None,
+        gguf_only=gguf_only,
         progress=talk.progress,
     )
     stages.save_plan(planned.plan, Path(out), force=force)

@@ -14,12 +14,14 @@ _PLACE = re.compile(r".*[/\\]", re.DOTALL)
 _OWN = "gemcut."
 
 
-def provenance(parent: str, quantiser: str, imatrix: Imatrix | None, imatrix_file: str = "") -> dict[str, Value]:
+def provenance(
+    parent: str, quantiser: str, imatrix: Imatrix | None, imatrix_file: str = "", *, cut: str = ""
+) -> dict[str, Value]:
     """Keys behind all others. `quantize.imatrix.*` are llama-quantize's, without folders.
 
     Args:
         parent: fingerprint of the checkpoint.   quantiser: identity of the library.
-        imatrix_file: name of the importance matrix' file.
+        imatrix_file: name of the importance matrix' file.   cut: fingerprint of what a plan left of the checkpoint.
     """
     out: dict[str, Value] = {}
     if imatrix is not None:
@@ -32,6 +34,8 @@ def provenance(parent: str, quantiser: str, imatrix: Imatrix | None, imatrix_fil
     out[f"{_OWN}version"] = Value("str", __version__)
     out[f"{_OWN}quantiser"] = Value("str", quantiser)
     out[f"{_OWN}parent.fingerprint"] = Value("str", parent)
+    if cut:
+        out[f"{_OWN}cut.fingerprint"] = Value("str", cut)
     if imatrix is not None:
         out[f"{_OWN}imatrix.hash"] = Value("str", imatrix_hash(imatrix))
         out[f"{_OWN}imatrix.variant"] = Value("str", imatrix.variant)

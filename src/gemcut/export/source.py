@@ -85,7 +85,8 @@ class Source:
                 "only float tensors become GGUF", where=tensor.source, got=ref.dtype, wanted=" or ".join(_FLOATS)
             )
         if ref.elements != prod(tensor.shape) or (
-            tensor.permute and sorted(tensor.permute) != list(range(len(ref.shape)))
+            tensor.permute
+            and (prod(self._stored) != ref.elements or sorted(tensor.permute) != list(range(len(self._stored))))
         ):
             raise CheckpointError(
                 "the layout and the weights disagree",
@@ -97,6 +98,12 @@ class Source:
             raise UsageError(
                 "too large a tensor to exchange its axes", where=tensor.source, got=f"{ref.size_bytes} bytes"
             )
+
+    @property
+    def _stored(self) -> tuple[int, ...]:
+        """The shape on disk, or how the layout sees it before it exchanges axes."""
+        assert self.tensor.source is not None
+        return self.tensor.source_shape or self.checkpoint.ref(self.tensor.source).shape
 
     @property
     def columns(self) -> int:
@@ -165,9 +172,8 @@ class Source:
                     self._whole = (values.reshape(-1, self.columns), blake3(values.view(np.uint8).data).digest())
                 else:
                     assert self.tensor.source is not None
-                    ref = self.checkpoint.ref(self.tensor.source)
                     raw = self.checkpoint.read(self.tensor.source)
-                    stored = self._floats(raw).reshape(ref.shape).transpose(self.tensor.permute)
+                    stored = self._floats(raw).reshape(self._stored).transpose(self.tensor.permute)
                     values = np.array(stored, "<f4", order="C").reshape(-1, self.columns)
                     self._check(values, Piece(0, len(values)))
                     self._whole = (values, blake3(raw.data).digest())

@@ -62,9 +62,7 @@ def tokenizer_metadata(folder: Path, *, rows: int | None = None) -> dict[str, Va
         "tokenizer.ggml.scores": Value("f32", (SCORE,) * len(tokens)),
         "tokenizer.ggml.token_type": Value("i32", tuple(_type(t, i, base, special) for i, t in enumerate(tokens))),
     }
-    merges = _merges(model.get("merges"))
-    if merges:
-        out["tokenizer.ggml.merges"] = Value("str", merges)
+    out["tokenizer.ggml.merges"] = Value("str", _merges(model.get("merges")))
     for kind, token_id in _special_ids(config, model_config, added, len(tokens)).items():
         out[f"tokenizer.ggml.{SPECIAL[kind]}_token_id"] = Value("u32", token_id)
     for kind, adds in _adds(tokenizer, config).items():
@@ -217,10 +215,12 @@ def _merges(merges: Json) -> tuple[str, ...]:
     """`a b` for every merge, in order; a space inside a part is written as U+0120.
 
     Raises:
-        CheckpointError: an entry is neither "a b" nor ["a", "b"].
+        CheckpointError: there are none, or an entry is neither "a b" nor ["a", "b"].
     """
-    if not isinstance(merges, list):
-        raise CheckpointError("the tokenizer has no list of merges", where="tokenizer.json: model.merges")
+    if not isinstance(merges, list) or not merges:
+        raise CheckpointError(
+            "the tokenizer has no merges, and llama.cpp loads none without", where="tokenizer.json: model.merges"
+        )
     out: list[str] = []
     for merge in merges:
         if isinstance(merge, str) and merge.count(" ") == 1:

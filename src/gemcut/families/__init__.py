@@ -10,7 +10,16 @@ from gemcut.families.base import Family
 from gemcut.families.gguf import GgufLayout
 from gemcut.types import Json
 
-__all__ = ["ARCHITECTURES", "DRAFTERS", "Family", "family_names", "family_of", "gguf_layout", "gguf_vision_layout"]
+__all__ = [
+    "ARCHITECTURES",
+    "DRAFTERS",
+    "Family",
+    "family_names",
+    "family_of",
+    "gguf_layout",
+    "gguf_vision_layout",
+    "is_drafter",
+]
 
 # `architectures[0]` of config.json → module of this package that has the FAMILY
 ARCHITECTURES: Mapping[str, str] = {
@@ -27,14 +36,23 @@ def family_names() -> tuple[str, ...]:
     return tuple(sorted(set(ARCHITECTURES.values())))
 
 
+def _architecture(config: Mapping[str, Json]) -> Json:
+    architectures = config.get("architectures")
+    return architectures[0] if isinstance(architectures, list) and architectures else None
+
+
+def is_drafter(config: Mapping[str, Json]) -> bool:
+    """Whether this is the config of a drafter."""
+    return str(_architecture(config)) in DRAFTERS
+
+
 def family_of(config: Mapping[str, Json]) -> Family:
     """The family of a parsed config.json.
 
     Raises:
         UsageError: no family knows this architecture; the message says which exist.
     """
-    architectures = config.get("architectures")
-    found = architectures[0] if isinstance(architectures, list) and architectures else None
+    found = _architecture(config)
     module = ARCHITECTURES.get(found) if isinstance(found, str) else None
     if module is None:
         raise UsageError(
@@ -56,10 +74,9 @@ def gguf_layout(config: Mapping[str, Json], shapes: Mapping[str, tuple[int, ...]
         UsageError: nobody knows this architecture, or it has a part that cannot be written.
         CheckpointError: config and shapes disagree.
     """
-    architectures = config.get("architectures")
-    module = DRAFTERS.get(str(architectures[0])) if isinstance(architectures, list) and architectures else None
-    if module is None:
+    if not is_drafter(config):
         return family_of(config).gguf(config, shapes)
+    module = DRAFTERS[str(_architecture(config))]
     layout = importlib.import_module(f"gemcut.families.{module}").drafter(config, shapes)
     assert isinstance(layout, GgufLayout)
     return layout

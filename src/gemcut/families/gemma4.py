@@ -176,9 +176,10 @@ def _shrink_heads(text: dict[str, Json], plan: Plan) -> None:
     if sorted(plan.layers) != list(layers):
         raise UsageError(
             "a structural cut must name every layer: config.json has one num_attention_heads for all",
+            where=f"layer {next((i for i in layers if i not in plan.layers), len(layers))}",
             got=f"{len(plan.layers)} layers",
             wanted=f"{len(layers)}",
-            hint="mode mask can cut some layers and leave others",
+            hint="mode mask can cut some layers and leave others, and so can gemcut gguf --plan",
         )
     counts = {len(one.keep) for one in plan.layers.values()}
     if len(counts) != 1:
@@ -186,6 +187,7 @@ def _shrink_heads(text: dict[str, Json], plan: Plan) -> None:
             "every layer must keep the same number of query heads",
             got=", ".join(str(c) for c in sorted(counts)),
             wanted="one count: config.json has one num_attention_heads for all layers",
+            hint="gemcut gguf --plan writes a GGUF file of this plan: it has a count for every layer",
         )
     shared = [layer for layer in layers if _shares_kv(text, layer)]
     if shared or text.get("attention_bias"):

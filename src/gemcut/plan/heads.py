@@ -37,6 +37,7 @@ def plan_heads(
     drop: float,
     layers: Collection[int] | None = None,
     mode: HeadMode = "mask",
+    gguf_only: bool = False,
 ) -> PlannedHeads:
     """Drop the query heads with the lowest scores, evenly over the KV heads; equal scores drop the higher index first.
 
@@ -49,6 +50,8 @@ def plan_heads(
         drop: below 1 a share of the layer's heads, rounded to whole heads (halves up; a note says so); from 1 on a
             count per layer. 0 drops nothing.
         layers: the layers to cut; None is every layer that has scores. The others are not in the plan.
+        gguf_only: a structural plan may leave layers whole, and layers of one type may keep different numbers of KV
+            heads. config.json cannot say that, a GGUF file can: such a plan is for `gemcut gguf --plan`.
 
     Raises:
         UsageError: a share or count that drops no head or all of them, layers that do not exist or have no scores,
@@ -58,6 +61,8 @@ def plan_heads(
     """
     if mode not in HEAD_MODES:
         raise UsageError("no such way to drop heads", got=repr(mode)[:60], wanted=" or ".join(HEAD_MODES))
+    if gguf_only and mode != "structural":
+        raise UsageError("only a structural plan can be for GGUF alone", got=mode, wanted="structural")
     if scores.kind != "heads":
         raise UsageError("these scores are not about heads", got=scores.kind, wanted="heads")
     chosen = _chosen(scores, shapes, layers)
@@ -66,9 +71,13 @@ def plan_heads(
     _refuse_other_question(scores, count, mode)
     kv_heads = {layer: (shapes[layer].kv_heads, shapes[layer].kv_heads) for layer in chosen}
     if mode == "structural":
-        _check_structural(shapes, chosen, heads, count)
-        kv_heads = {layer: (one.kv_heads, kv_heads_after(one, heads - count) or 0) for layer, one in shapes.items()}
-        notes += _drafter_notes(shapes, kv_heads)
+        cut_ones = {layer: shapes[layer] for layer in chosen} if gguf_only else dict(shapes)
+        _check_structural(cut_ones, chosen, heads, count)
+        if not gguf_only:
+            _check_one_config(cut_ones, heads - count)
+        kv_heads = {layer: (one.kv_heads, kv_heads_after(one, heads - count) or 0) for layer, one in cut_ones.items()}
+        whole_too = {layer: (one.kv_heads, one.kv_heads) for layer, one in shapes.items()} | kv_heads
+        notes += _drafter_notes(shapes, whole_too)
     rows = {layer: row for row, layer in enumerate(scores.layers)}
     planned: dict[int, LayerPlan] = {}
     for layer in chosen:
@@ -90,7 +99,7 @@ def plan_heads(
             "drop": drop if drop < 1 else count,
             "dropped": count,
             "kept": heads - count,
-            **_kv_param(shapes, kv_heads, mode),
+            **({"gguf_only": True} if gguf_only else _kv_param(shapes, kv_heads, mode)),
             "score": dict(scores.params),
             "notes": list[Json](notes),
         },
@@ -176,7 +185,7 @@ def _check_structural(shapes: Mapping[int, Attention], chosen: tuple[int, ...], 
             "a structural cut takes every layer: the config has one number of heads for all",
             got=f"{len(chosen)} of {len(shapes)} layers",
             wanted=f"layer {absent[0]} too",
-            hint="mode mask can cut some layers and leave others",
+            hint="mode mask can cut some layers and leave others; so can a plan for GGUF alone (gguf-only)",
         )
     if shared := [layer for layer, one in sorted(shapes.items()) if one.shares_kv]:
         raise UsageError(
@@ -194,9 +203,13 @@ def _check_structural(shapes: Mapping[int, Attention], chosen: tuple[int, ...], 
             "query heads could not stay on their KV heads with this number of them",
             where=f"layer {bad}: {one.heads} query heads on {one.kv_heads} KV heads",
             got=f"{wanted} query heads kept",
-            wanted=f"{' or '.join(str(m) for m in near)} kept in every layer",
+            wanted=f"{' or '.join(str(m) for m in near)} kept in every layer that is cut",
             hint=f"--drop {' or --drop '.join(str(heads - m) for m in near)}, or mode mask",
         )
+
+
+def _check_one_config(shapes: Mapping[int, Attention], wanted: int) -> None:
+    """config.json has one number of KV heads for all sliding layers and one for all full ones."""
     for full in (False, True):
         after = {kv_heads_after(one, wanted): layer for layer, one in shapes.items() if one.full is full}
         if len(after) > 1:

@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from gemcut.surgery.cut import cut, verify_cut
-from gemcut.surgery.edits import check_plan, config_for, edits_for
+from gemcut.surgery.edits import check_plan, config_for, cut_for_gguf, edits_for
 
-__all__ = ["check_plan", "config_for", "cut", "edits_for", "verify_cut"]
+__all__ = ["check_plan", "config_for", "cut", "cut_for_gguf", "edits_for", "verify_cut"]

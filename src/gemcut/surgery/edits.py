@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
+from gemcut.checkpoint.edited import EditedCheckpoint, edited_checkpoint
 from gemcut.checkpoint.read import Checkpoint
 from gemcut.errors import CheckpointError, UsageError
 from gemcut.families.heads import kept_kv_heads, mode_of
@@ -12,7 +13,7 @@ from gemcut.surgery.heal.edits import heal_edits
 from gemcut.types import Edit, Edits, Json, LayerPlan, Mask, Plan, Site, Take
 
 
-def edits_for(plan: Plan, base: Checkpoint, healed: Path | None = None) -> Edits:
+def edits_for(plan: Plan, base: Checkpoint, healed: Path | None = None, *, gguf: bool = False) -> Edits:
     """What the plan means for each tensor; with a heal, what it refitted in the plan's layers.
 
     Experts are taken out of every fused tensor of the site (gate_up_proj, down_proj, router rows, per_expert_scale).
@@ -24,10 +25,12 @@ def edits_for(plan: Plan, base: Checkpoint, healed: Path | None = None) -> Edits
     Structural: rows of q_proj and columns of o_proj leave with the dropped heads, rows of k_proj and v_proj with KV
     heads that lost every query head. The order stays, and every query head keeps its KV head.
 
+    Args:
+        gguf: for a GGUF file, which has head counts for every layer: a structural plan need not be uniform.
     Raises:
         UsageError, CheckpointError: see `check_plan`.
     """
-    sites = check_plan(plan, base)
+    sites = check_plan(plan, base, gguf=gguf)
     edits: dict[str, Edit] = {}
     for layer, one in sorted(plan.layers.items()):
         if plan.kind == "experts":
@@ -47,8 +50,26 @@ def config_for(plan: Plan, base: Checkpoint) -> Mapping[str, Json]:
     return base.family.shrink(base.config, plan)
 
 
+def cut_for_gguf(base: Checkpoint, plan: Plan, healed: Path | None = None) -> EditedCheckpoint:
+    """The cut as a checkpoint that is read and never written: a GGUF file may say what no config.json can.
+
+    Its config keeps the base's head counts where the plan takes heads out; the file's are counted in the shapes.
+
+    Raises:
+        UsageError, CheckpointError: see `check_plan`.
+    """
+    edits = edits_for(plan, base, healed, gguf=True)
+    return edited_checkpoint(base, edits, config_for(plan, base) if plan.kind == "experts" else base.config)
+
+
 def _without_heads(base: Checkpoint, layer: int, one: LayerPlan) -> dict[str, Edit]:
     shape = base.family.attention(base.text_config, base.tensors, layer)
+    if shape.shares_kv:
+        raise UsageError(
+            "a layer that reads the keys and values of another cannot lose heads, only have them masked",
+            where=f"layer {layer}",
+            hint="plan with mode mask",
+        )
     width = shape.head_dim
     kv = kept_kv_heads(shape.group, one.keep, where=f"layer {layer} of the plan")
     edits: dict[str, Edit] = {shape.q: Take(0, _positions(one.keep, width))}
@@ -68,8 +89,12 @@ def _without_heads(base: Checkpoint, layer: int, one: LayerPlan) -> dict[str, Ed
     return edits
 
 
-def check_plan(plan: Plan, base: Checkpoint) -> Mapping[int, Site]:
+def check_plan(plan: Plan, base: Checkpoint, *, gguf: bool = False) -> Mapping[int, Site]:
     """Refuse a plan that does not fit this checkpoint; return the sites that it names, by layer.
+
+    Args:
+        gguf: allow what a GGUF file can hold and a config.json cannot: a structural plan of heads with other numbers
+            in every layer, or of some layers.
 
     Raises:
         CheckpointError: the plan was made for another checkpoint (fingerprint, layers or number of units).
@@ -90,7 +115,7 @@ def check_plan(plan: Plan, base: Checkpoint) -> Mapping[int, Site]:
         raise UsageError(f"this checkpoint has no {plan.kind} to cut", where=base.name)
     strange = sorted(plan.layers.keys() - sites.keys())
     structural = plan.kind == "heads" and mode_of(plan) == "structural"
-    absent = sorted(sites.keys() - plan.layers.keys()) if plan.kind == "experts" or structural else []
+    absent = sorted(sites.keys() - plan.layers.keys()) if plan.kind == "experts" else []
     if strange or absent or not plan.layers:
         raise CheckpointError(
             f"the plan and the checkpoint disagree about the layers that have {plan.kind}",
@@ -109,7 +134,7 @@ def check_plan(plan: Plan, base: Checkpoint) -> Mapping[int, Site]:
         _check_layer(plan, layer, one)
     if plan.kind == "experts":
         _check_counts(plan, base.family.top_k(base.text_config))
-    elif structural:
+    elif structural and not gguf:
         base.family.shrink(base.config, plan)
     return {layer: sites[layer] for layer in plan.layers}
 
