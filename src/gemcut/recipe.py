@@ -106,6 +106,9 @@ class HealWords(_Words):
         default="stream",
         description="heads: what brings the residual stream back to the base's, or what the base's branch adds",
     )
+    experts: Literal["scales", "down_proj"] = Field(
+        default="scales", description="of a cut of experts: what is refitted of those that stay"
+    )
     ridges: tuple[float, ...] = Field(
         default=(1e-3, 1e-2, 1e-1, 1.0), description="tried on held-out items, in units of the mean diagonal"
     )

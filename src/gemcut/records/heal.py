@@ -16,6 +16,7 @@ HEAL_SCHEMA = 2
 HEAL_FILE = "heal.json"
 HealMethod: TypeAlias = Literal["sequential", "local"]
 HealTarget: TypeAlias = Literal["stream", "branch"]
+ExpertRefit: TypeAlias = Literal["scales", "down_proj"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,18 +30,18 @@ class ClassResidual:
 
 @dataclass(frozen=True, slots=True)
 class LayerHeal:
-    """One layer's output projection, or the scales of its experts: refitted, measured, and used or not.
+    """One layer's output projection, or the scales or down_proj of its experts: refitted, measured, and used or not.
 
     Residuals are relative, sqrt(Σ ‖Ŷ − T‖² / Σ ‖T‖²), of what the branch adds to the residual stream against what it
     should add, of the weights in the dtype that they are stored in; `before` is the cut without a heal of this layer,
-    behind healed ones. `held_out_*` are of items that no fit has seen. Of scales, T is the dense layer's sum and Ŷ that
+    behind healed ones. `held_out_*` are of items that no fit has seen. Of experts, T is the dense layer's sum and Ŷ that
     of the kept experts times the factor that fits T best: the norm behind it divides by its size, and a common factor
     is no gain.
 
-    kept: heads or experts that stay; `units` were there, each `head_dim` columns wide (experts: one scale, so 1).
+    kept: heads or experts that stay; `units` were there, each `head_dim` columns wide (experts: 1).
     samples, held_out_samples: tokens behind the fit, and behind the held-out residuals.
     ridge: λ in units of tr(G_KK)/|K|.   ridge_residuals: held-out residual of each ridge that was tried (inner split).
-    condition: λ_max/λ_min of G_KK + λI.
+    condition: λ_max/λ_min of G_KK + λI; of several down_proj the largest, as of `lam`.
     by_class: the held-out residuals of every class of text apart, so that a calibration too narrow for some text is
         seen; empty where the classes are not known (a heal from statistics).
     used: the heal beats the cut without it on held-out items; else the layer keeps its old weights.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from gemcut.checkpoint.read import Checkpoint
+from gemcut.surgery.heal.down import token_bytes
 from gemcut.surgery.heal.settings import HealSettings, jobs_of
 from gemcut.surgery.heal.solve import CHUNK_ROWS
 from gemcut.surgery.heal.unseen import row_bytes
@@ -30,16 +31,18 @@ def heal_memory_bytes(base: Checkpoint, plan: Plan, settings: HealSettings, *, l
     tokens = max(settings.batch_tokens, longest)
     names = base.tensors.keys()
     running = solving = 0
-    for layer, job in jobs_of(base, plan, heal_all=settings.heal_all).items():
+    for layer, job in jobs_of(base, plan, heal_all=settings.heal_all, experts=settings.experts).items():
         prefix = base.family.layer_prefix(names, layer)
         weights = sum(ref.elements for name, ref in base.tensors.items() if name.startswith(prefix)) * item
         kept, width = len(job.columns), job.units * job.head_dim
         moments = 8 * (kept * kept + hidden * kept)
         batch = tokens * (hidden * (7 * item + 16) + width * (7 * item + 4) + inner * 4 * item) + 6 * length * length
         batch += 8 * (tokens * 3 * hidden + CHUNK_ROWS * 2 * (hidden + kept))
-        if job.kind == "experts":  # what every routed expert adds: as it runs, kept, gathered, and checked
+        if job.kind != "heads":  # what every routed expert adds: as it runs, kept, gathered, and checked
             batch += tokens * hidden * max(base.family.top_k(base.text_config), 1) * 4 * 4
         solve = 8 * (kept * kept + 4 * hidden * kept + hidden * width + CHUNK_ROWS * 4 * (hidden + kept))
+        if job.kind == "down_proj":  # stored, as it becomes, and while it is tried; its rows are mapped files
+            solve += 4 * base.ref(job.tensor).size_bytes
         running = max(running, weights + moments + batch)
         solving = max(solving, weights + moments + solve)
     ends = sum(r.elements for n, r in base.tensors.items() if n.endswith(("embed_tokens.weight", "lm_head.weight")))
@@ -49,13 +52,14 @@ def heal_memory_bytes(base: Checkpoint, plan: Plan, settings: HealSettings, *, l
 def heal_disk_bytes(base: Checkpoint, plan: Plan, settings: HealSettings, *, tokens: int) -> int:
     """Upper estimate of what a heal has on disk at once: hidden states of two streams at two boundaries, under 13 % of
     padding, the rows of the widest layer that are measured on, and the healed tensors."""
-    jobs = jobs_of(base, plan, heal_all=settings.heal_all)
+    jobs = jobs_of(base, plan, heal_all=settings.heal_all, experts=settings.experts)
     states = tokens * _number(base, "hidden_size") * _item_bytes(base, settings)
     streams = 2 if settings.method == "sequential" else 1
     healed = sum(base.ref(job.tensor).size_bytes for job in jobs.values())
     measured = tokens * (2 if len(settings.ridges) > 1 else 1) / settings.every
     row = row_bytes(jobs.values(), _number(base, "hidden_size"), _item_bytes(base, settings))
-    return int(2 * streams * 1.13 * states + _UNEVEN * measured * row) + healed
+    row_of_all = token_bytes(base, jobs.values(), _item_bytes(base, settings))
+    return int(2 * streams * 1.13 * states + _UNEVEN * measured * row + tokens * row_of_all) + healed
 
 
 def _number(base: Checkpoint, key: str) -> int:

@@ -73,7 +73,7 @@ def _summed(at: np.ndarray[Any, np.dtype[np.int64]], values: torch.Tensor, count
     return torch.from_numpy(np.bincount(at, weights=values.cpu().numpy().ravel(), minlength=count))
 
 
-class _Recorder:
+class Recorder:
     """Nothing asked; see `stream.experts.ExpertRecorder`."""
 
     def begin(self, inputs: torch.Tensor, token: torch.Tensor, expert: torch.Tensor, gate: torch.Tensor) -> None:
@@ -92,7 +92,7 @@ class _Recorder:
         pass
 
 
-class Target(_Recorder):
+class Target(Recorder):
     """Keeps the experts' summed output y [T, H]."""
 
     y: torch.Tensor
@@ -101,7 +101,7 @@ class Target(_Recorder):
         self.y = combined.clone()
 
 
-class Contributions(_Recorder):
+class Contributions(Recorder):
     """Keeps φ = g·f of every routed pair: phi [T, k, H] in ascending order of experts, and which, expert [T, k]."""
 
     phi: torch.Tensor
@@ -122,7 +122,7 @@ class Contributions(_Recorder):
 
 
 @contextlib.contextmanager
-def recorded(module: nn.Module, recorder: _Recorder) -> Iterator[None]:
+def recorded(module: nn.Module, recorder: Recorder) -> Iterator[None]:
     """The layer's experts tell the recorder; padding passes like any token."""
     experts = module.get_submodule(EXPERTS)
     attach(experts, recorder)
@@ -130,6 +130,11 @@ def recorded(module: nn.Module, recorder: _Recorder) -> Iterator[None]:
         yield
     finally:
         attach(experts, None)
+
+
+def router_scales(module: nn.Module) -> torch.Tensor:
+    """A copy of the layer's per_expert_scale [E]."""
+    return module.get_submodule(ROUTER).get_parameter("per_expert_scale").detach().clone()
 
 
 @contextlib.contextmanager

@@ -5,16 +5,17 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
 import numpy as np
 
 from gemcut.checkpoint.read import Checkpoint
 from gemcut.errors import UsageError
-from gemcut.records.heal import HealMethod, HealTarget
+from gemcut.records.heal import ExpertRefit, HealMethod, HealTarget
 from gemcut.stream.corpus import Corpus
 from gemcut.stream.hidden import BATCH_TOKENS
 from gemcut.surgery import check_plan
-from gemcut.types import I64, Json, Kind, Plan, Site
+from gemcut.types import I64, Json, Plan, Site
 
 # Raised by hand whenever the numbers that a heal writes change: an older folder is then not taken for a finished one.
 HEAL_VERSION = 2
@@ -22,6 +23,7 @@ SAMPLES_PER_COLUMN = 4  # fewer tokens leave the fit rank-deficient or noisy, wh
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0)
 
 FIT, INNER, HELD_OUT = 0, 1, 2
+JobKind: TypeAlias = Literal["heads", "scales", "down_proj"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +36,7 @@ class HealSettings:
         "branch": what the dense model's branch added. Of heads, and of no weight in a local heal.
     ridges: λ in units of tr(G_KK)/|K|; the best on an inner split of the items is taken. One: no inner split.
     every: one item in so many is held out, and another is the inner split.
+    experts: what is refitted of a cut of experts: the router's scale of each that stays, or its down_proj.
     heal_all: refit layers without a dropped head as well, behind the first that has one (sequential only).
     device, dtype: as in `observe`; None computes in the dtype that the checkpoint is stored in.
     batch_tokens: padded positions that go through a layer together.
@@ -43,6 +46,7 @@ class HealSettings:
     target: HealTarget = "stream"
     ridges: tuple[float, ...] = RIDGES
     every: int = 8
+    experts: ExpertRefit = "scales"
     heal_all: bool = False
     device: str = "cpu"
     dtype: str | None = None
@@ -53,6 +57,8 @@ class HealSettings:
             raise UsageError("there is no such heal", got=self.method, wanted="sequential or local")
         if self.target not in ("stream", "branch"):
             raise UsageError("there is no such target of a heal", got=self.target, wanted="stream or branch")
+        if self.experts not in ("scales", "down_proj"):
+            raise UsageError("there is no such refit of experts", got=self.experts, wanted="scales or down_proj")
         good = [r for r in self.ridges if math.isfinite(r) and r > 0]
         if not good or len(good) != len(self.ridges) or len(set(good)) != len(good):
             raise UsageError(
@@ -80,9 +86,9 @@ class HealSettings:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What to refit in one layer: an output projection, tensor on disk [H, units·head_dim], or the scales of experts,
-    [units] with a head_dim of 1. `module` holds it, below the decoder layer; `norm` is the tensor of the norm behind
-    the branch."""
+    """What to refit in one layer: an output projection, tensor on disk [H, units·head_dim], or, with a head_dim of 1,
+    the scales of experts, [units], or their down_proj, [units, H, I]. `module` holds it, below the decoder layer;
+    `norm` is the tensor of the norm behind the branch."""
 
     layer: int
     module: str
@@ -91,7 +97,7 @@ class Job:
     head_dim: int
     kept: tuple[int, ...]
     norm: str
-    kind: Kind = "heads"
+    kind: JobKind = "heads"
 
     @property
     def columns(self) -> I64:
@@ -105,8 +111,8 @@ class Job:
         return len(self.kept) < self.units
 
 
-def jobs_of(base: Checkpoint, plan: Plan, *, heal_all: bool = False) -> dict[int, Job]:
-    """What to refit, by layer.
+def jobs_of(base: Checkpoint, plan: Plan, *, heal_all: bool = False, experts: ExpertRefit = "scales") -> dict[int, Job]:
+    """What to refit, by layer; see `HealSettings`.
 
     Raises:
         UsageError: the plan drops nothing.
@@ -117,7 +123,7 @@ def jobs_of(base: Checkpoint, plan: Plan, *, heal_all: bool = False) -> dict[int
     if not cut:
         raise UsageError(f"the plan drops no {plan.kind[:-1]}: there is nothing to heal", where=base.name)
     if plan.kind == "experts":
-        return {layer: _scales(base, plan, site) for layer, site in sorted(sites.items())}
+        return {layer: _of_experts(base, plan, site, experts) for layer, site in sorted(sites.items())}
     names = base.tensors.keys()
     jobs = {}
     for layer in sorted({site.layer for site in base.sites if site.kind == "heads"}):
@@ -138,9 +144,10 @@ def jobs_of(base: Checkpoint, plan: Plan, *, heal_all: bool = False) -> dict[int
     return jobs
 
 
-def _scales(base: Checkpoint, plan: Plan, site: Site) -> Job:
-    """The router's scales of one layer: the only part of a site with one number for each expert."""
-    (tensor,) = (part.name for part in site.slices if len(base.ref(part.name).shape) == 1)
+def _of_experts(base: Checkpoint, plan: Plan, site: Site, what: ExpertRefit) -> Job:
+    """The router's scales of one layer, the only part of a site with one number for each expert; or its down_proj."""
+    names = [part.name for part in site.slices]
+    tensor = next(n for n in names if (n.endswith("down_proj") if what == "down_proj" else len(base.ref(n).shape) == 1))
     prefix = base.family.layer_prefix(base.tensors.keys(), site.layer)
     norm = base.family.norms(prefix, True).experts
     assert norm is not None, "a layer with experts has a norm behind them"
@@ -152,7 +159,7 @@ def _scales(base: Checkpoint, plan: Plan, site: Site) -> Job:
         head_dim=1,
         kept=tuple(sorted(plan.layers[site.layer].keep)),
         norm=norm,
-        kind="experts",
+        kind=what,
     )
 
 

@@ -3,9 +3,8 @@
 For each layer with dropped heads, with the layer in memory once: the dense stream passes and gives the target, the cut
 stream passes and gives the inputs X̂ that the layer will really have, the kept columns of o_proj are refitted, and the
 cut stream passes again through the healed layer. So every layer is fitted to what the layers before it have become, and
-makes up for what they lost.
-Of a cut of experts, the scales of those that stay are refitted: the same, with the experts' sum for Y and what each
-kept expert adds to it, routed without the dropped ones, for X̂.
+makes up for what they lost. Of a cut of experts, the scales or the down_proj of those that stay are refitted: the same,
+with the experts' sum for the target and what each kept expert adds to it, routed without the dropped ones, for X̂.
 
 The folder that it writes:
 
@@ -33,6 +32,7 @@ from gemcut.stream.corpus import Corpus
 from gemcut.stream.faults import refuse
 from gemcut.stream.model import StreamedModel, stored_dtype
 from gemcut.stream.weights import DTYPE_NAMES, TORCH_DTYPES, WeightReader
+from gemcut.surgery.heal.down import DownRows, Inner, fit_down, refuse_few_routed, token_bytes
 from gemcut.surgery.heal.folder import (
     Finished,
     finished,
@@ -44,7 +44,7 @@ from gemcut.surgery.heal.folder import (
     tidy,
 )
 from gemcut.surgery.heal.layer import Fitted, Sums, Tap
-from gemcut.surgery.heal.routed import Contributions, ScaleSums, Target, dropped, recorded
+from gemcut.surgery.heal.routed import Contributions, ScaleSums, Target, dropped, recorded, router_scales
 from gemcut.surgery.heal.settings import (
     FIT,
     HELD_OUT,
@@ -85,11 +85,13 @@ def heal(
         CheckpointError, QualityError: a value is not finite, or a layer cannot be solved: layer and item are named.
     """
     settings = settings or HealSettings()
-    jobs = jobs_of(base, plan, heal_all=settings.heal_all)
+    jobs = jobs_of(base, plan, heal_all=settings.heal_all, experts=settings.experts)
     part_of = split_items(corpus, settings)
     lengths = np.array([len(row.ids) for row in corpus.items], np.int64)
     held_out = int(lengths[part_of == HELD_OUT].sum())
     refuse_few_samples(jobs, corpus.tokens - held_out, corpus.tokens)
+    if plan.kind == "experts" and settings.experts == "down_proj":
+        refuse_few_routed(base, jobs.values(), corpus.tokens - held_out, corpus.tokens)
     source = {"corpus": corpus.hash, "template": corpus.template_hash, "bos": corpus.bos_policy}
     wanted = settings.identity(DTYPE_NAMES[stored_dtype(base)])
     digest = fingerprint(request_of(base, plan, {**source}, wanted))
@@ -130,6 +132,9 @@ def _disk_bytes(model: StreamedModel, layout: Layout, jobs: dict[int, Job]) -> i
     healed = sum(model.checkpoint.ref(job.tensor).size_bytes for job in jobs.values())
     measured = sum(len(row.ids) for row, part in zip(layout.rows, layout.part_of, strict=True) if part != FIT)
     rows = measured * row_bytes(jobs.values(), model.hidden_size, model.dtype.itemsize)
+    rows += sum(len(row.ids) for row in layout.rows) * token_bytes(
+        model.checkpoint, jobs.values(), model.dtype.itemsize
+    )
     return 4 * states_bytes(layout, model.hidden_size, model.dtype) + rows + healed
 
 
@@ -222,7 +227,7 @@ class _Pass:
                 self._carry(i, module, dense, dense_out)
                 self._carry(i, module, cut, cut_out)
             else:
-                fit = self._fit if job.kind == "heads" else self._fit_scales
+                fit = {"heads": self._fit, "scales": self._fit_scales, "down_proj": self._fit_down}[job.kind]
                 fitted = fit(job, module, dense, cut if parted else None, dense_out)
                 with _healed(job, module, fitted.weight):
                     self._carry(i, module, cut, cut_out)
@@ -297,6 +302,28 @@ class _Pass:
             job, self._stored(job.tensor), TORCH_DTYPES[model.checkpoint.ref(job.tensor).dtype], self.settings
         )
 
+    def _fit_down(
+        self, job: Job, module: nn.Module, dense: StatesReader, cut: StatesReader | None, dense_out: StatesWriter | None
+    ) -> Fitted:
+        """As `_fit_scales`, of what enters each kept expert's down_proj."""
+        model, i, ref = self.model, job.layer, self.model.checkpoint.ref(job.tensor)
+        top_k, eps = model.checkpoint.family.top_k(model.checkpoint.text_config), float(model.config.rms_norm_eps)
+        scales = router_scales(module)
+        rows = DownRows(self.layout, top_k, ref.shape[1], ref.shape[2], model.dtype, eps, self.folder)
+        for k in range(len(self.layout.batches)):
+            hidden, target, seen = dense.read(k), Target(), Inner()
+            with recorded(module, target):
+                out = self._run(i, module, k, hidden)
+            if dense_out is not None:
+                dense_out.write(k, out)
+            with dropped(job, module, scales), recorded(module, seen):
+                self._run(i, module, k, hidden if cut is None else cut.read(k))
+            self._check(i, module, k, "the experts' summed output", target.y)
+            rows.add(k, seen, target.y)
+            self._say(i, k)
+        weight = WeightReader(model.checkpoint, TORCH_DTYPES[ref.dtype], torch.device("cpu"))
+        return fit_down(job, rows, weight.read(job.tensor, tuple(ref.shape)), self.settings.ridges)
+
     def _stored(self, name: str) -> torch.Tensor:
         """The base's own tensor, float64."""
         reader = WeightReader(self.model.checkpoint, torch.float64, torch.device("cpu"))
@@ -328,8 +355,14 @@ class _Pass:
 @contextlib.contextmanager
 def _healed(job: Job, module: nn.Module, weight: torch.Tensor) -> Iterator[None]:
     """The layer as it will be, in memory; the base's file is only ever read."""
-    if job.kind == "experts":
+    if job.kind == "scales":
         with dropped(job, module, weight):
+            yield
+        return
+    if job.kind == "down_proj":
+        with torch.no_grad():
+            module.get_submodule(job.module).get_parameter("down_proj").copy_(weight)
+        with dropped(job, module, router_scales(module)):
             yield
         return
     with torch.no_grad():
