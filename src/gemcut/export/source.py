@@ -176,7 +176,7 @@ class Source:
                     stored = self._floats(raw).reshape(self._stored).transpose(self.tensor.permute)
                     values = np.array(stored, "<f4", order="C").reshape(-1, self.columns)
                     self._check(values, Piece(0, len(values)))
-                    self._whole = (values, blake3(raw.data).digest())
+                    self._whole = (values, blake3(values.view(np.uint8).data).digest())  # as turned, not as stored
             return self._whole
 
     def _check(self, values: F32, piece: Piece) -> None:
