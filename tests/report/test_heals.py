@@ -27,6 +27,13 @@ def test_layers_in_order_and_whether_they_are_used() -> None:
     assert table.rows[0][1:4] == ("7", "1,200", "0.01")
 
 
+def test_the_text_says_what_was_refitted() -> None:
+    assert "each output projection refitted" in heal_tables(REPORT, "heads")[0].text
+    assert "the scales of the experts that stay refitted" in heal_tables(REPORT, "experts")[0].text
+    down = replace(REPORT, settings={"experts": "down_proj"})
+    assert "the output projections of the experts that stay refitted" in heal_tables(down, "experts")[0].text
+
+
 def test_classes_are_means_over_used_layers_and_name_where_they_lose() -> None:
     extra = heal_tables(REPORT, "heads")[1]
     assert "2 layers" in extra.text

@@ -44,13 +44,13 @@ def _by_layer(report: HealReport, kind: Kind) -> Extra:
         for one in report.layers
     )
     columns = ("Layer", "Dropped", "Samples", "Ridge", "Condition", "No heal", "Healed", "Used")
-    branch, what = (
-        ("attention branch", "each output projection")
-        if kind == "heads"
-        else ("experts' sum, after its best common factor,", "the scales of the experts that stay")
-    )
+    branch, what = "what the attention branch adds to the residual stream", "each output projection"
+    if kind == "experts":
+        branch = "the experts' sum, after its best common factor,"
+        part = "output projections" if report.settings.get("experts") == "down_proj" else "scales"
+        what = f"the {part} of the experts that stay"
     text = (
-        f"Relative residual of the {branch} on {report.held_out_items} held-out of {report.items} items, "
+        f"Relative residual of {branch} on {report.held_out_items} held-out of {report.items} items, "
         f"{report.method}, {what} refitted towards the original. A layer whose heal is no "
         "better keeps its old weights."
     )
