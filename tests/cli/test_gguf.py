@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,8 @@ from gemcut.checkpoint import open_checkpoint
 from gemcut.gguf_file import open_gguf, read_gguf
 from gemcut.records import save_plan
 from gemcut.types import LayerPlan, Plan
-from tiny import make_drafter
+from gguf_file.raw_gguf import Raw
+from tiny import make_drafter, make_tiny
 
 DEMO_DENSE = Path(__file__).parents[2] / "demo" / "dense"
 
@@ -157,3 +160,81 @@ def test_an_imatrix_of_another_model(
     )
     assert code == 4
     assert "another model" in err
+
+
+def broken(path: Path, how: str) -> Path:
+    write_imatrix(path)
+    raw = bytearray(path.read_bytes())
+    file = read_gguf(path)
+    if how == "cut off":
+        raw = raw[: len(raw) // 2]
+    if how == "killed":
+        raw[:32] = bytes(32)
+    if how == "NaN":
+        start = file.tensors["blk.0.attn_q.weight.in_sum2"].start
+        raw[start : start + 4] = np.float32("nan").tobytes()
+    if how == "a model":
+        gguf_of_a_model = next(path.parent.glob("*.gguf.model"))
+        raw = bytearray(gguf_of_a_model.read_bytes())
+    path.write_bytes(raw)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("how", "says"),
+    [
+        ("cut off", "file ends|outside the file"),
+        ("killed", "never finished"),
+        ("NaN", "NaN"),
+        ("a model", "no imatrix"),
+    ],
+)
+def test_a_broken_imatrix(tmp_path: Path, capsys: pytest.CaptureFixture[str], how: str, says: str) -> None:
+    (tmp_path / "other.gguf.model").write_bytes(Raw().build())
+    matrix = broken(tmp_path / "i.gguf", how)
+    code, _, err = gemcut(capsys, "gguf", "demo:dense", "-t", "Q4_K_S", "-o", tmp_path / "o", "--imatrix", matrix)
+    assert code == 4
+    assert re.search(says, err), err
+    assert not (tmp_path / "o").exists()
+
+
+def test_an_imatrix_that_lacks_what_the_type_needs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_imatrix(tmp_path / "i.gguf")
+    args = ("gguf", "demo:dense", "-t", "IQ2_M", "-o", tmp_path / "o", "--imatrix", tmp_path / "i.gguf")
+    code, _, err = gemcut(capsys, *args)
+    assert code == 2
+    assert "lacks tensors" in err
+
+
+def test_a_vocabulary_without_the_special_tokens(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = make_tiny(tmp_path / "tiny", "dense")
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["other"] = vocabulary.pop("<bos>")
+    tokenizer["added_tokens"] = [t for t in tokenizer["added_tokens"] if t["content"] != "<bos>"]
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    code, _, err = gemcut(capsys, "gguf", folder, "-t", "Q8_0", "-o", tmp_path / "o")
+    assert code == 4
+    assert "special token" in err
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_full_disk(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))
+    try:
+        code, _, err = gemcut(capsys, "gguf", "demo:dense", "-t", "Q8_0", "-o", tmp_path / "o")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert code == 3
+    assert "disk is full" in err
+    assert not list((tmp_path / "o").glob("*.gguf"))
+    assert gemcut(capsys, "gguf", "demo:dense", "-t", "Q8_0", "-o", tmp_path / "o")[0] == 0
+
+
+def test_the_output_is_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "o").write_text("mine")
+    code, _, err = gemcut(capsys, "gguf", "demo:dense", "-t", "Q8_0", "-o", tmp_path / "o")
+    assert code == 2
+    assert "not a folder" in err
+    assert (tmp_path / "o").read_text() == "mine"
