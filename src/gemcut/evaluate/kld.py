@@ -214,7 +214,7 @@ def _measure(models: Sequence[Compared], corpus: Corpus, settings: KldSettings, 
         batch_tokens=settings.batch_tokens,
         progress=progress,
     )
-    measured = _blank(models, corpus, settings, dtype or "gguf")
+    measured = _blank(models, corpus, settings, (dtype or "") if streamed else "gguf")
     groups = _groups(models)
     for n, group in enumerate(groups):
         label = "head, tokens" if len(groups) == 1 else f"head {n + 1}/{len(groups)}, tokens"
@@ -262,7 +262,7 @@ def _groups(models: Sequence[Compared]) -> list[list[int]]:
     groups: list[list[int]] = [[]]
     used = sizes[0]
     for i in range(1, len(models)):
-        if groups[-1] and used + sizes[i] > room:
+        if groups[-1] and sizes[i] and used + sizes[i] > room:
             groups.append([])
             used = sizes[0]
         groups[-1].append(i)

@@ -29,6 +29,8 @@ PACKAGE = "xllamacpp"
 VERSION = "2026.10.11549"
 VARIABLE = "GEMCUT_LIBLLAMA"
 
+ABORTED = ToolError.exit_code  # of this process, when ggml asserts
+
 _BLOB_BYTES = 512  # more than either structure has: a callee reads and writes only its own part
 _TENSOR_OVERHEAD = 32 + 336  # the object's header and sizeof(struct ggml_tensor)
 _LAST_LINES = 40
@@ -157,13 +159,17 @@ FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Library:
-    """A checked library. `dll` has the functions of `FUNCTIONS`, declared; `identity` may be published."""
+    """A checked library.
+
+    dll: has the functions of `FUNCTIONS`, declared.   identity: may be published.   named: by the user, no wheel.
+    """
 
     dll: ctypes.CDLL
     path: Path
     identity: str
+    named: bool
 
-    def last_lines(self, count: int = 4) -> str:
+    def last_lines(self, count: int = 2) -> str:
         """What llama.cpp logged last: the reason of a failure, since its functions return only null."""
         return " | ".join(list(_lines)[-count:])
 
@@ -236,7 +242,7 @@ def _open(path: Path, *, from_wheel: bool) -> Library:
     said = dll.llama_version()
     version = said.decode(errors="replace") if said else "?"
     identity = f"{PACKAGE} {VERSION} (llama.cpp {version})" if from_wheel else f"llama.cpp {version}, named by the user"
-    return Library(dll, path, identity)
+    return Library(dll, path, identity, named=not from_wheel)
 
 
 # ---------------------------------------------------------------- sentinels
@@ -291,7 +297,7 @@ def _log_line(level: int, text: bytes | None, _: object) -> None:
 def _abort_line(text: bytes | None) -> None:
     """Last words: the library aborts the process when this returns, so leave with the exit code of a ToolError."""
     os.write(2, b"error: llama.cpp stopped the process: " + (text or b"").strip() + b"\n")
-    os._exit(ToolError.exit_code)
+    os._exit(ABORTED)
 
 
 _Callback = Callable[..., None]

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from gemcut.errors import CheckpointError, ToolError, UsageError
 from gemcut.ggml import library as lib
 from gemcut.ggml.library import Batch, Blob, Library
+from gemcut.ggml.trial import try_out
 from gemcut.gguf_file.header import GgufFile, open_gguf
 from gemcut.machine import free_cores
 from gemcut.types import F32
@@ -43,6 +44,7 @@ class Model:
         threads: int | None = None,
         batch: int | None = None,
         check: bool = True,
+        trial: bool = True,
         library: Library | None = None,
     ) -> None:
         """Map the file and make room for one sequence.
@@ -53,6 +55,7 @@ class Model:
                 slower than one.
             batch: tokens that are computed together, 1 … 512; None: as many as 256 MiB of logits allow.
             check: look for NaN and infinities in all weights while they are read.
+            trial: let another process load the file and compute two tokens first, once: see `trial`.
         Raises:
             CheckpointError: no readable GGUF, or llama.cpp refuses it: its last lines are in the error.
             ToolError: no context of this size, most likely for lack of memory.
@@ -67,7 +70,10 @@ class Model:
         self._dll.llama_backend_init()
         if self._dll.ggml_backend_reg_count() == 0:  # a library whose back ends are files of their own
             self._dll.ggml_backend_load_all()
-        self._model: int = self._load(path, check=check)
+        first = path.with_name(self.file.parts[0])  # of a split file, whichever part was named
+        if trial:
+            try_out(first, self.file.size_bytes, self._library)
+        self._model: int = self._load(first, check=check)
         self._closer = weakref.finalize(self, self._dll.llama_model_free, self._model)
         self._vocab: int = self._dll.llama_model_get_vocab(self._model)
         self.vocabulary: int = self._dll.llama_vocab_n_tokens(self._vocab)
@@ -150,9 +156,7 @@ class Model:
         try:
             for start in range(0, len(ids), self.batch):
                 part = ids[start : start + self.batch]
-                out[start : start + len(part)] = self._decode(
-                    part, self._dll.llama_get_embeddings_ith, self.hidden_size
-                )
+                out[start : start + len(part)] = self._decode(part, read, self.hidden_size)
         finally:
             self._dll.llama_set_embeddings(self._context_handle, False)
         return out
