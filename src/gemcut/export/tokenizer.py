@@ -25,6 +25,7 @@ TEXT_MARKERS = frozenset(
 SPECIAL = {"bos": "bos", "eos": "eos", "unk": "unknown", "sep": "seperator", "pad": "padding", "cls": "cls",
            "mask": "mask"}  # fmt: skip
 _CLASS_DEFAULTS = ("<unk>", "<bos>", "<eos>", "<pad>", "<mask>")
+_SPACE = "\u0120"  # a space inside a part of a merge
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 _MAX_FILE_BYTES = 256 << 20
 _MAX_TOKENS = 1 << 22
@@ -212,7 +213,7 @@ def _type(token: str, token_id: int, base: int, special: frozenset[str]) -> int:
 
 
 def _merges(merges: Json) -> tuple[str, ...]:
-    """`a b` for every merge, in order; a space inside a part is written as U+0120.
+    """`a b` for every merge, in order; a space inside a part is written as _SPACE.
 
     Raises:
         CheckpointError: there are none, or an entry is neither "a b" nor ["a", "b"].
@@ -223,12 +224,14 @@ def _merges(merges: Json) -> tuple[str, ...]:
         )
     out: list[str] = []
     for merge in merges:
-        if isinstance(merge, str) and merge.count(" ") == 1:
-            out.append(merge)
-        elif isinstance(merge, list) and len(merge) == 2 and all(isinstance(part, str) and part for part in merge):
-            out.append(" ".join(str(part).replace(" ", "\u0120") for part in merge))
-        else:
-            raise CheckpointError("a merge is no pair", where="tokenizer.json: model.merges", got=repr(merge)[:80])
+        match merge:
+            case str() if merge.count(" ") == 1:
+                out.append(merge)
+            case [str() as a, str() as b] if a and b:
+                spaced = " " in a or " " in b
+                out.append(f"{a.replace(' ', _SPACE)} {b.replace(' ', _SPACE)}" if spaced else f"{a} {b}")
+            case _:
+                raise CheckpointError("a merge is no pair", where="tokenizer.json: model.merges", got=repr(merge)[:80])
     return tuple(out)
 
 
