@@ -78,6 +78,16 @@ def test_messages_hold_prompt_reasoning_and_answer_with_one_bos(folder: Path, tm
     assert corpus.tokens == sum(len(r.ids) for r in corpus.items) == corpus.scored_tokens + 2
 
 
+def test_raw_text_has_no_template_and_one_bos(folder: Path, tmp_path: Path) -> None:
+    path = write(tmp_path / "c.jsonl", [chat("a", ASK, ANSWER), text("b")])
+    corpus = load_corpus(path, folder, raw=True)
+    assert decoded(folder, corpus) == "<bos>2+2?\n\ntwo and two\n\nIt is 4."
+    assert decoded(folder, corpus, 1) == "<bos>hello world"
+    assert corpus.bos_policy == "text: added"
+    assert corpus.reasoning_items == 0
+    assert corpus.hash != load_corpus(path, folder).hash
+
+
 def test_turn_markers_are_single_tokens(folder: Path, tmp_path: Path) -> None:
     corpus = load_corpus(write(tmp_path / "c.jsonl", [chat("a", ASK, ANSWER)]), folder)
     ids = corpus.items[0].ids.tolist()
