@@ -1,13 +1,13 @@
 """Compare what gemcut says a GGUF file holds with what llama.cpp's converter writes, key by key and tensor by tensor.
 
     python bench/compare_converter.py LLAMA_CPP_SOURCE [FOLDER …] [--json result.json]
-    python bench/compare_converter.py LLAMA_CPP_SOURCE demo/dense demo/moe --golden tests/golden
+    python bench/compare_converter.py LLAMA_CPP_SOURCE demo/dense demo/moe demo/moe-drafter --golden tests/golden
 
-Without folders: both demo trunks, a tiny random checkpoint of every kind, a drafter, a vision tower, and trunks whose
-config has other forms. The converter runs with `--outtype bf16`, so nothing is rounded. Compared are the keys and their
-order, value types and values; tensor names and their order, shapes, types and every value. --golden writes what the
-converter's files hold as JSON, for tests that run without it. It needs the packages that the converter needs (torch,
-transformers).
+Without folders: the demo checkpoints, a tiny random checkpoint of every kind, a drafter, a vision tower, and trunks
+whose config has other forms. The converter runs with `--outtype bf16`, so nothing is rounded. Compared are the keys and
+their order, value types and values; tensor names and their order, shapes, types and every value. --golden writes what
+the converter's files hold as JSON, for tests that run without it. It needs the packages that the converter needs:
+torch and transformers.
 """
 
 from __future__ import annotations
@@ -52,7 +52,10 @@ model_creator: Somebody
 ---
 """
 # Keys that gemcut writes and the converter does not, with the reason.
-OURS = {"clip.vision.projector.scale_factor": "the converter loses a pooling other than 3 x 3"}
+OURS = {
+    "clip.vision.projector.scale_factor": "the converter loses a pooling other than 3 x 3",
+    "clip.use_gelu": "the converter leaves llama.cpp at another GELU than the model's",
+}
 
 
 def convert(source: Path, folder: Path, out: Path, *flags: str) -> None:
@@ -194,7 +197,8 @@ def main() -> None:
     parser.add_argument("--golden", type=Path)
     args = parser.parse_intermixed_args()
     with tempfile.TemporaryDirectory() as scratch:
-        folders = args.folders or [ROOT / "demo/dense", ROOT / "demo/moe", *tiny_folders(Path(scratch))]
+        demos = sorted(path.parent for path in (ROOT / "demo").glob("*/config.json"))
+        folders = args.folders or [*demos, *tiny_folders(Path(scratch))]
         found: dict[str, list[str]] = {}
         for folder in folders:
             for name, lines in compare(args.source, folder, Path(scratch), args.golden).items():

@@ -159,6 +159,12 @@ def test_pooling_is_said_where_llama_cpp_would_take_another() -> None:
     assert gguf_vision_layout(*odd, {}).metadata[key] == Value("u32", 2)
 
 
+def test_the_tower_has_the_models_gelu() -> None:
+    assert gguf_vision_layout(*tower(), {}).metadata["clip.use_gelu"] == Value("bool", True)
+    with pytest.raises(UsageError, match="gelu_pytorch_tanh"):
+        gguf_vision_layout(*tower(hidden_activation="silu"), {})
+
+
 def test_a_drafter_has_queries_only() -> None:
     config, shapes = drafter()
     shapes["masked_embedding.centroids.weight"] = (16, 32)
