@@ -196,15 +196,11 @@ def damage_of(base: Checkpoint, plan: Plan, statistics: Path, healed: Path | Non
 
         D(l) = Σ_{h dropped} S_l[h] / Σ_h S_l[h],   S the criterion `norm`
 
-    or, where a heal measured it, the held-out residual of the weights that are written. What the plan's own criterion
-    says is no harm: positions of a search (`obs`), or units of its own.
+    or, where a heal measured it, what the layer's own cut adds to the held-out residual (`LayerHeal.harm`). What the
+    plan's own criterion says is no harm: positions of a search (`obs`), or units of its own.
     """
     if healed is not None:
-        return {
-            one.layer: one.held_out_after if one.used else one.held_out_before
-            for one in load_heal(healed / HEAL_FILE).layers
-            if one.layer in plan.layers
-        }
+        return {one.layer: one.harm for one in load_heal(healed / HEAL_FILE).layers if one.layer in plan.layers}
     dropped = {layer: list(one.drop) for layer, one in plan.layers.items() if one.drop}
     scores = score_heads(base, statistics, "norm", drop=0, layers=dropped)
     return {

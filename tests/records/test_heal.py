@@ -17,7 +17,7 @@ USED = LayerHeal(
     layer=3, tensor=TENSOR, units=4, head_dim=16, kept=(0, 1, 3), samples=800, held_out_samples=100, ridge=1e-2,
     lam=0.5, ridge_residuals={"0.01": 0.2, "0.1": 0.25}, condition=120.0, fit_before=0.4, fit_after=0.1,
     held_out_before=0.4, held_out_after=0.2, used=True, file="layer-003.safetensors", blake3="a" * 64,
-    by_class={"code": ClassResidual(0.5, 0.3, 60), "math": ClassResidual(0.2, 0.1, 40)},
+    by_class={"code": ClassResidual(0.5, 0.3, 60), "math": ClassResidual(0.2, 0.1, 40)}, held_out_uncut=0.15,
 )  # fmt: skip
 UNUSED = LayerHeal(
     layer=5, tensor=TENSOR.replace("3", "5"), units=4, head_dim=16, kept=(0, 1, 2, 3), samples=800,
@@ -39,6 +39,13 @@ def test_reads_back(tmp_path: Path) -> None:
     assert UNUSED.dropped == ()
 
 
+def test_harm_is_the_layers_own() -> None:
+    """Squares of residuals: with its heal, less what the layers before lost; without a heal that is used, the cut's."""
+    assert USED.harm == pytest.approx(0.2**2 - 0.15**2)
+    assert dataclasses.replace(USED, used=False, held_out_uncut=None).harm == pytest.approx(0.4**2)
+    assert UNUSED.harm == pytest.approx(0.1**2)
+
+
 def changed(value: dict[str, Any], path: str, to: object) -> dict[str, Any]:
     *parents, last = path.split(".")
     at: Any = value
@@ -56,7 +63,8 @@ def changed(value: dict[str, Any], path: str, to: object) -> dict[str, Any]:
      ("layers.0.layer", 6), ("layers.0.condition", "large"), ("layers.0.units", 0), ("layers.1.file", "x.safetensors"),
      ("layers.0.samples", -1), ("layers.0.ridge_residuals", {"0.1": None}),
      ("layers.0.by_class.code.before", "small"), ("layers.0.by_class.code.samples", 0), ("layers.0.by_class.code", 0.5),
-     ("layers.0.by_class.code.more", 1), ("layers.0.by_class", []), ("unknown", 1), ("tokens", True)],
+     ("layers.0.by_class.code.more", 1), ("layers.0.by_class", []),
+     ("layers.0.held_out_uncut", "none"), ("unknown", 1), ("tokens", True)],
 )  # fmt: skip
 def test_what_cannot_be_is_refused(tmp_path: Path, path: str, to: object) -> None:
     save_heal(REPORT, tmp_path / HEAL_FILE)

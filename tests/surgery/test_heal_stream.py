@@ -79,6 +79,7 @@ def test_every_layer_beats_the_cut_alone_on_text_it_has_not_seen(whole: Path, pl
         assert set(map(float, one.ridge_residuals)) == set(SETTINGS.ridges)
         assert 1 < one.condition < 1e9
         assert one.lam > 0
+    assert report.layers[0].held_out_uncut == 0  # nothing before it has changed
     assert report.used == tuple(sorted(DROP))
     assert report.items == 48
     assert report.held_out_items == 6
@@ -232,6 +233,8 @@ def test_heal_all_refits_whole_layers_behind_the_first_cut(
     assert [one.layer for one in report.layers] == [0, 1, 2, 3, 4, 5]
     assert report.layers[3].dropped == ()
     assert report.layers[3].held_out_before > 0  # its inputs are no longer the dense model's
+    assert report.layers[3].held_out_before == pytest.approx(report.layers[3].held_out_uncut, rel=1e-4)  # it is whole
+    assert report.layers[2].held_out_before != pytest.approx(report.layers[2].held_out_uncut, rel=1e-4)
     before = {one.layer: one for one in load_heal(whole / HEAL_FILE).layers}
     assert report.layers[2] == before[2]
 

@@ -34,9 +34,9 @@ class LayerHeal:
 
     Residuals are relative, sqrt(Σ ‖Ŷ − T‖² / Σ ‖T‖²), of what the branch adds to the residual stream against what it
     should add, of the weights in the dtype that they are stored in; `before` is the cut without a heal of this layer,
-    behind healed ones. `held_out_*` are of items that no fit has seen. Of experts, T is the dense layer's sum and Ŷ that
-    of the kept experts times the factor that fits T best: the norm behind it divides by its size, and a common factor
-    is no gain.
+    behind healed ones. `held_out_*` are of items that no fit has seen. Of experts, T is the dense layer's sum and Ŷ is
+    that of the kept experts times the factor that fits T best: the norm behind it divides by its size, and a common
+    factor is no gain.
 
     kept: heads or experts that stay; `units` were there, each `head_dim` columns wide (experts: 1).
     samples, held_out_samples: tokens behind the fit, and behind the held-out residuals.
@@ -44,6 +44,8 @@ class LayerHeal:
     condition: λ_max/λ_min of G_KK + λI; of several down_proj the largest, as of `lam`.
     by_class: the held-out residuals of every class of text apart, so that a calibration too narrow for some text is
         seen; empty where the classes are not known (a heal from statistics).
+    held_out_uncut: the residual that the layer would have behind the healed ones if it were whole: what the layers
+        before lost. None of experts.
     used: the heal beats the cut without it on held-out items; else the layer keeps its old weights.
     file, blake3: where the healed tensor lies, and the hash of its bytes; None where it is not used.
     """
@@ -67,6 +69,14 @@ class LayerHeal:
     file: str | None
     blake3: str | None
     by_class: Mapping[str, ClassResidual]
+    held_out_uncut: float | None = None
+
+    @property
+    def harm(self) -> float:
+        """What this layer's own cut adds to the squared held-out residual, with what is written; below zero where its
+        heal makes up for more of the layers before than it costs."""
+        written = self.held_out_after if self.used else self.held_out_before
+        return written**2 - (self.held_out_uncut or 0.0) ** 2
 
     @property
     def dropped(self) -> tuple[int, ...]:

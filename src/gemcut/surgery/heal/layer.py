@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,6 +67,7 @@ class Fitted:
     held_out_before: float
     held_out_after: float
     by_class: Mapping[str, ClassResidual]
+    held_out_uncut: float | None = None
 
 
 class Sums:
@@ -91,9 +94,16 @@ class Sums:
         self._fit = Moments.zeros(hidden, len(self.columns), self.scale.device)
         self._folder, self._hidden = folder, hidden
         self._rows: dict[int, Rows] = {}
+        self._uncut, self._size = 0.0, 0.0
 
-    def add(self, k: int, x: torch.Tensor, y: torch.Tensor, drift: torch.Tensor | None) -> None:
-        """x [B·S, d], y [B·S, H] and r − r̂ [B·S, H] (None: zero) of batch k, padding included."""
+    def add(
+        self, k: int, x: torch.Tensor, y: torch.Tensor, drift: torch.Tensor | None, uncut: torch.Tensor | None
+    ) -> None:
+        """x [B·S, d], y [B·S, H] and r − r̂ [B·S, H] (None: zero) of batch k, padding included.
+
+        Args:
+            uncut: [B·S, H], what the whole projection gives of the cut model's inputs; None: y.
+        """
         for part in self.layout.parts:
             at = self.layout.chosen(k, part).to(x.device)
             if not len(at):
@@ -107,6 +117,10 @@ class Sums:
                 self._fit.add(kept, root, target)
             else:
                 self._part(part, x.dtype).add(kept, root, target, self.layout.class_of(k, part))
+            if part == HELD_OUT and uncut is not None:
+                given = uncut[at].to(target.device, torch.float64) * root[:, None] * self.scale
+                self._uncut += float((given - target).square().sum())
+                self._size += float(target.square().sum())
 
     def _part(self, part: int, dtype: torch.dtype) -> Rows:
         if part not in self._rows:
@@ -115,7 +129,7 @@ class Sums:
 
     def finish(self, job: Job, weight: torch.Tensor, dtype: torch.dtype, settings: HealSettings) -> Fitted:
         """The refit of everything but what is held out."""
-        return fit_layer(
+        fitted = fit_layer(
             job,
             weight,
             dtype,
@@ -125,6 +139,8 @@ class Sums:
             ridges=settings.ridges,
             scale=self.scale,
         )
+        uncut = math.sqrt(self._uncut / self._size) if self._size > 0 else 0.0
+        return dataclasses.replace(fitted, held_out_uncut=uncut)
 
     def __enter__(self) -> Sums:
         return self

@@ -261,7 +261,7 @@ class _Pass:
             Tap(module.get_submodule(job.module)) as tap,
         ):
             for k in range(len(self.layout.batches)):
-                hidden, drift = dense.read(k), None
+                hidden, drift, uncut = dense.read(k), None, None
                 out = self._run(i, module, k, hidden)
                 x, y = tap.take()
                 if dense_out is not None:
@@ -273,9 +273,9 @@ class _Pass:
                     if self.settings.target == "stream":
                         drift = (hidden.double() - drifted.double()).flatten(0, 1)
                     self._run(i, module, k, drifted)
-                    x = tap.take()[0]
+                    x, uncut = tap.take()
                 self._check(i, module, k, f"the input of {job.module}", x)
-                sums.add(k, x, y, drift)
+                sums.add(k, x, y, drift, uncut)
                 self._say(i, k)
             return sums.finish(job, self._stored(job.tensor), TORCH_DTYPES[ref.dtype], self.settings)
 
