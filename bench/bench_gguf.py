@@ -101,7 +101,7 @@ def timing(args: argparse.Namespace) -> dict[str, object]:
     rows: dict[str, object] = {}
     with tempfile.TemporaryDirectory(dir=args.work) as name:
         work = Path(name)
-        model = write(work / "model", layers=args.layers)
+        model = write(work / "model", layers=args.layers, geometry=Geometry(experts=args.experts))
         tokenizer(model, 4096)
         alone = 0.0
         for kind, wanted in TYPES.items():
@@ -171,6 +171,7 @@ def main() -> None:
     clock.add_argument("source", type=Path)
     clock.add_argument("binaries", type=Path)
     clock.add_argument("--layers", type=int, default=1)
+    clock.add_argument("--experts", type=int, default=128, help="fewer for a quick look: 16 are 347 MB a layer")
     clock.set_defaults(run=timing)
     room = verbs.add_parser("memory")
     room.add_argument("--types", nargs="+", default=["Q8_0", "Q4_K_M", "Q3_K_M"])
