@@ -59,6 +59,7 @@ def test_an_absent_wheel_or_another_version(monkeypatch: pytest.MonkeyPatch, fou
         return found
 
     monkeypatch.setattr(metadata, "version", version)
+    monkeypatch.setattr(library, "_loaded", {})
     with pytest.raises(MissingError, match="wheel") as caught:
         library.load()
     assert library.VERSION in str(caught.value)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from gemcut.errors import CheckpointError, UsageError
 from gemcut.ggml import quantise as module
 from gemcut.ggml.library import load
-from gemcut.ggml.quantise import IMPORTANCE_LIMIT, dequantise, quantise, requires_imatrix
+from gemcut.ggml.quantise import IMPORTANCE_LIMIT, VALUE_LIMIT, dequantise, quantise, requires_imatrix
 from gemcut.ggml.types import BLOCKS, NEED_IMATRIX, GgmlType, tensor_bytes
 from gemcut.types import F32
 
@@ -199,3 +199,60 @@ def test_calls_that_do_not_fit_are_refused() -> None:
         quantise(x, GgmlType.I32, None, memoryview(bytearray(x.nbytes)))
     with pytest.raises(UsageError, match="bytes of a Q8_0 tensor"):
         dequantise(np.zeros(33, np.uint8), GgmlType.Q8_0, (1, 32))
+
+
+def hostile(rng: np.random.Generator, how: str) -> F32:
+    """float32 [3, 512] at the edges of what is accepted."""
+    x = rng.standard_normal((3, 512))
+    top = VALUE_LIMIT * 0.99
+    if how == "tiny":
+        x = x * 1e-42
+    elif how == "wide":
+        x = x * 10.0 ** rng.uniform(-44, 5, x.shape)
+    elif how == "sparse":
+        x = np.where(rng.random(x.shape) < 0.02, x * 10.0 ** rng.uniform(-40, 5), 0)
+    elif how == "equal":
+        x = np.full_like(x, rng.choice([0.0, 1.0, -1e-30, top]))
+    elif how == "outlier":
+        x[rng.integers(3), rng.integers(512)] = rng.choice([-top, top])
+    return np.clip(x, -top, top).astype(np.float32)
+
+
+def weights_of(rng: np.random.Generator, how: str) -> F32 | None:
+    """float32 [512] of importances, or None."""
+    if how == "none":
+        return None
+    if how == "wide":
+        return (10.0 ** rng.uniform(-44, 12, 512)).clip(0, IMPORTANCE_LIMIT).astype(np.float32)
+    level = {"zero": 0.0, "huge": IMPORTANCE_LIMIT, "tiny": 1e-44}[how]
+    return np.full(512, level, np.float32)
+
+
+def check_hostile(kind: GgmlType, seed: int) -> None:
+    """Bytes of finite values, or a refusal; an abort would end the test run."""
+    rng = np.random.default_rng(seed)
+    for how in ("tiny", "wide", "sparse", "equal", "outlier"):
+        for weighted in ("none", "wide", "zero", "huge", "tiny"):
+            importance = weights_of(rng, weighted)
+            if importance is None and requires_imatrix(kind):
+                continue
+            values = hostile(rng, how)
+            try:
+                raw = stored(values, kind, importance)
+            except CheckpointError:
+                assert np.abs(values).max() > 3e4, f"{how}, {weighted}"  # a scale of 16 bits ends at 65504
+                continue
+            assert np.isfinite(dequantise(np.frombuffer(raw, np.uint8), kind, (3, 512))).all(), f"{how}, {weighted}"
+
+
+@settings(max_examples=40, deadline=None)
+@given(kind=st.sampled_from(QUICK), seed=st.integers(0, 9999))
+def test_nothing_that_is_accepted_aborts(kind: GgmlType, seed: int) -> None:
+    check_hostile(kind, seed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", sorted(LARGE_TABLES), ids=lambda k: k.name)
+def test_nothing_that_is_accepted_aborts_with_large_tables(kind: GgmlType) -> None:
+    for seed in range(4):
+        check_hostile(kind, seed)

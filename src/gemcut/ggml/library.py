@@ -178,7 +178,7 @@ class Library:
 
 
 _lines: deque[str] = deque(maxlen=_LAST_LINES)
-_loaded: dict[Path, Library] = {}
+_loaded: dict[Path | None, Library] = {}
 _lock = threading.Lock()
 
 
@@ -190,13 +190,15 @@ def load(path: Path | None = None) -> Library:
         ToolError: the file is no llama.cpp, lacks a function, or has other structures or block sizes.
     """
     named = path if path is not None else _from_environment()
-    found = _wheel() if named is None else named.resolve()
-    if not found.is_file():
-        raise MissingError("the named llama.cpp library does not exist", got=found.name, hint=f"check {VARIABLE}")
     with _lock:
-        if found not in _loaded:
-            _loaded[found] = _open(found, from_wheel=named is None)
-        return _loaded[found]
+        if named not in _loaded:  # a quantiser asks for every tensor
+            found = _wheel() if named is None else named.resolve()
+            if not found.is_file():
+                raise MissingError(
+                    "the named llama.cpp library does not exist", got=found.name, hint=f"check {VARIABLE}"
+                )
+            _loaded[named] = _open(found, from_wheel=named is None)
+        return _loaded[named]
 
 
 def _from_environment() -> Path | None:
