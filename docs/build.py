@@ -38,8 +38,11 @@ EXAMPLES = {
     "gemcut imatrix demo:moe --corpus demo:calibration -o imatrix.gguf\n"
     "gemcut imatrix stats --variant auto --for IQ2_M -o imatrix.gguf\n"
     "gemcut imatrix imatrix.gguf --merge other.gguf -o both.gguf",
+    "curvature": "gemcut curvature demo:moe --corpus demo:calibration --max-tokens 12000 -o curvature",
     "gguf": "gemcut gguf demo:moe -t Q4_K_M -t Q8_0 -o gguf\n"
-    "gemcut gguf demo:moe -t IQ3_M --tensor-type attn_k=q6_k --dry-run -o gguf",
+    "gemcut gguf demo:moe -t IQ3_M --tensor-type attn_k=q6_k --dry-run -o gguf\n"
+    "gemcut gguf demo:moe --size 5.5MB --imatrix imatrix.gguf --curvature curvature -o gguf\n"
+    "gemcut gguf demo:moe --fit 1GiB --context 2048 --kv q8_0 --imatrix imatrix.gguf --curvature curvature -o gguf",
     "kld": "gemcut kld demo:moe small --corpus demo:heldout",
     "canary": "gemcut canary demo:dense small --base-answers answers.json -o canary",
     "run": "gemcut run gemma4-26b-98e --set observe.corpus=my.jsonl --set kld.corpus=heldout.jsonl --dry-run",

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from gemcut import machine, store
+from gemcut import machine, mixing, store
 from gemcut.checkpoint import Checkpoint
 from gemcut.checkpoint.edited import EditedCheckpoint
 from gemcut.errors import MissingError, UsageError
@@ -17,7 +17,7 @@ from gemcut.export import imatrix as importance
 from gemcut.export.imatrix import Imatrix
 from gemcut.export.layout import layout_of, vision_layout_of
 from gemcut.export.metadata import file_metadata
-from gemcut.export.mix import overrides, shapes, sizes, stock
+from gemcut.export.mix import contribution, overrides, sizes, stock
 from gemcut.export.output import bytes_to_write
 from gemcut.export.provenance import provenance
 from gemcut.export.run import SPARE_BYTES, ExportReport, export_gguf
@@ -26,6 +26,7 @@ from gemcut.export.targets import Planned, Target, plan_target
 from gemcut.families.gguf import GgufLayout, Value
 from gemcut.ggml.library import Library, load
 from gemcut.ggml.types import GgmlType
+from gemcut.mixing import NOTHING, Mix, MixWords
 from gemcut.records import load_plan
 from gemcut.surgery import cut_for_gguf
 
@@ -41,8 +42,9 @@ log = logging.getLogger(__name__)
 class GgufWords:
     """What is asked for.
 
-    types: file types of the model file.   overrides: `REGEX=TYPE`, over each of them.   projector: type of the mmproj
-    file, "" for none.   imatrix: its file.   max_shard_bytes: payload of a part; None for files in one piece.
+    types: file types and ContribDynamic tiers of the model file.   mix: sizes and cards to solve for.
+    overrides: `REGEX=TYPE`, over each of them.   projector: type of the mmproj file, "" for none.   imatrix: its file.
+    max_shard_bytes: payload of a part; None for files in one piece.
     """
 
     types: tuple[str, ...]
@@ -50,6 +52,7 @@ class GgufWords:
     overrides: tuple[str, ...] = ()
     max_shard_bytes: int | None = None
     projector: str = ""
+    mix: MixWords = NOTHING
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,11 +81,12 @@ class GgufPreflight:
 
 @dataclass(frozen=True, eq=False)
 class Export:
-    """One layout of a checkpoint and the files that hold it."""
+    """One layout of a checkpoint and the files that hold it.   mixes: why the solved ones are as they are."""
 
     checkpoint: Checkpoint
     layout: GgufLayout
     planned: tuple[Planned, ...]
+    mixes: tuple[Mix, ...] = ()
 
     @cached_property
     def read_bytes(self) -> int:
@@ -121,39 +125,73 @@ class _Files:
         )
 
 
-def plan_export(checkpoint: Checkpoint, words: GgufWords, library: Library | None = None) -> tuple[Export, ...]:
-    """Everything decided, nothing written.
+def plan_export(
+    checkpoint: Checkpoint,
+    words: GgufWords,
+    library: Library | None = None,
+    *,
+    threads: int = 1,
+    progress: Progress | None = None,
+) -> tuple[Export, ...]:
+    """Everything decided, no model written; a solved mix keeps the damages it measured where `words.mix` says.
 
+    Args:
+        threads, progress: of measuring damages.
     Raises:
-        UsageError: an unknown type, a pattern that binds nothing, a type that needs importances without them.
+        UsageError: an unknown type, a pattern that binds nothing, a type that needs importances without them, a size
+            that cannot be had.
         CheckpointError: the imatrix is damaged or of another model; the tokenizer cannot be written.
         MissingError: the quantisers' library is not installed.
     """
-    if not words.types and not words.projector:
+    if not words.types and not words.projector and not words.mix.asked:
         raise UsageError("no file type was asked for", hint=f"-t {', -t '.join(('Q4_K_M', 'IQ3_M'))}")
     library = load() if library is None else library
     given = overrides.parse_overrides(words.overrides)
     exports: list[Export] = []
-    if words.types:
+    if words.types or words.mix.asked:
         layout = layout_of(checkpoint)
         imatrix = None if words.imatrix is None else _imatrix(words.imatrix, layout, checkpoint)
         files = _Files(checkpoint, library, words, imatrix)
-        planned = []
+        stem, planned = file_stem(checkpoint), []
+        mixes: tuple[Mix, ...] = ()
         for asked in dict.fromkeys(name.strip().upper() for name in words.types):
-            kind = stock.file_type(asked)
-            types = stock.stock_types(asked, layout, imatrix=imatrix is not None, overrides=given)
-            _refuse_starved(asked, types, imatrix)
-            planned.append(files.plan(layout, f"{file_stem(checkpoint)}-{asked}.gguf", types, kind.number))
-        exports.append(Export(checkpoint, layout, tuple(planned)))
+            types, number = _types(asked, layout, imatrix, given)
+            planned.append(files.plan(layout, f"{stem}-{asked}.gguf", types, number))
+        if words.mix.asked:
+            trial = stock.stock_types("Q8_0", layout, imatrix=False)
+            parts = files.plan(layout, f"{stem}.gguf", trial, 0).parts
+            mixes = mixing.solve_mixes(
+                checkpoint, layout, words.mix, imatrix, sum(part.data_start for part in parts),
+                by_hand=given, threads=threads, library=library, progress=progress,
+            )  # fmt: skip
+            for mix in mixes:
+                planned.append(files.plan(layout, f"{stem}-{mix.name}.gguf", mix.solution.types, mix.number))
+        exports.append(Export(checkpoint, layout, tuple(planned), mixes))
     if words.projector:
         layout = vision_layout_of(checkpoint)
         kind = stock.file_type(words.projector)
         files = _Files(checkpoint, library, GgufWords((), max_shard_bytes=None), None)
         name = f"mmproj-{file_stem(checkpoint)}-{kind.name}.gguf"
         exports.append(
-            Export(checkpoint, layout, (files.plan(layout, name, projector_types(layout, kind.base), kind.number),))
+            Export(
+                checkpoint, layout, (files.plan(layout, name, mixing.projector_types(layout, kind.base), kind.number),)
+            )
         )
     return tuple(exports)
+
+
+def _types(
+    asked: str, layout: GgufLayout, imatrix: Imatrix | None, given: Sequence[overrides.Override]
+) -> tuple[dict[str, GgmlType], int]:
+    """Types of a file type or a ContribDynamic tier, and `general.file_type`."""
+    if asked.startswith("CD-"):
+        kind = stock.file_type(contribution.tier(asked).plain)
+        types = mixing.tier_types(asked, layout, imatrix) | overrides.decided(layout, given)
+    else:
+        kind = stock.file_type(asked)
+        types = stock.stock_types(asked, layout, imatrix=imatrix is not None, overrides=given)
+    _refuse_starved(asked, kind.name, types, imatrix)
+    return types, kind.number
 
 
 def after_plan(base: Checkpoint, plan_file: Path, healed: Path | None = None) -> Checkpoint:
@@ -164,16 +202,6 @@ def after_plan(base: Checkpoint, plan_file: Path, healed: Path | None = None) ->
         UsageError, CheckpointError: the plan does not fit the model.
     """
     return cut_for_gguf(base, load_plan(plan_file), healed)
-
-
-def projector_types(layout: GgufLayout, kind: GgmlType) -> dict[str, GgmlType]:
-    """One type for every matrix of an mmproj file, as the converter's --outtype has it; F16 where it does not fit."""
-    return {
-        tensor.name: shapes.shaped(kind, tensor)
-        if shapes.quantisable(tensor)
-        else shapes.unquantised_type(tensor, kind)
-        for tensor in layout.tensors
-    }
 
 
 def file_stem(checkpoint: Checkpoint) -> str:
@@ -244,8 +272,8 @@ def _imatrix(path: Path, layout: GgufLayout, checkpoint: Checkpoint) -> Imatrix:
     return found
 
 
-def _refuse_starved(asked: str, types: Mapping[str, GgmlType], imatrix: Imatrix | None) -> None:
-    starved = stock.starved_of_imatrix(asked, types)
+def _refuse_starved(asked: str, file: str, types: Mapping[str, GgmlType], imatrix: Imatrix | None) -> None:
+    starved = stock.starved_of_imatrix(file, types)
     missing = [name for name in starved if imatrix is None or name not in imatrix.entries]
     if missing:
         raise UsageError(

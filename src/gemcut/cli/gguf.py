@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,11 +16,20 @@ from gemcut.cli.sizes import ByteSize, duration, size
 if TYPE_CHECKING:
     from gemcut.export.run import ExportReport
     from gemcut.exporting import GgufPreflight
+    from gemcut.mixing import Mix
 
 
 @click.command()
 @click.argument("model")
-@click.option("-t", "--type", "types", multiple=True, help="File type, as Q4_K_M or IQ2_M; many times for many files.")
+@click.option(
+    "-t", "--type", "types", multiple=True, help="Q4_K_M, IQ2_M, Q4_K_L, CD-Q3_K_M, …; many times for many files."
+)
+@click.option("--size", "sizes", multiple=True, type=ByteSize(), help="A file of at most this: the best types for it.")
+@click.option("--fit", type=ByteSize(), help="The best types for a card with this much memory; see --context.")
+@click.option("--context", type=click.IntRange(min=1), default=8192, show_default=True, help="With --fit: tokens.")
+@click.option("--kv", default="f16", show_default=True, help="With --fit: type of the KV cache, as q8_0.")
+@click.option("--with", "beside", help="With --fit: mmproj, or files that lie in the memory too, parted by commas.")
+@click.option("--curvature", type=click.Path(), help="With --size and --fit: a folder of gemcut curvature.")
 @options.out_folder
 @click.option("--imatrix", type=click.Path(), help="Importance matrix of gemcut imatrix or llama-imatrix.")
 @click.option(
@@ -40,6 +50,12 @@ if TYPE_CHECKING:
 def gguf(
     model: str,
     types: tuple[str, ...],
+    sizes: tuple[int, ...],
+    fit: int | None,
+    context: int,
+    kv: str,
+    beside: str | None,
+    curvature: str | None,
     out: str,
     imatrix: str | None,
     overrides: tuple[str, ...],
@@ -54,21 +70,28 @@ def gguf(
 ) -> None:
     """Write GGUF files straight from safetensors, many types from one read.
 
-    Finished tensors of a run that broke off stay; tensors that an earlier export in the folder holds are copied.
+    Finished tensors of a run that broke off stay; tensors that an earlier export in the folder holds are copied. --size
+    and --fit measure what every type of every tensor costs, once, and keep that in the folder.
     """
-    from gemcut import exporting, machine, models
+    from gemcut import exporting, machine, mixing, models
     from gemcut.errors import UsageError
 
-    words = exporting.GgufWords(
-        types, Path(imatrix) if imatrix else None, overrides, max_shard_size, (mmproj or "").upper()
-    )
     base = models.open_exportable(model)
     if heal and not plan_file:
         raise UsageError("--heal goes with the --plan that it refitted")
     if plan_file:
         base = exporting.after_plan(base, Path(plan_file), Path(heal) if heal else None)
-    exports = exporting.plan_export(base, words)
     threads = threads or machine.cores()
+    card = mixing.card_words(base, fit, context, kv, beside, (mmproj or "Q8_0").upper()) if fit else ()
+    kept = Path(out) / mixing.DAMAGES_FILE
+    mix = mixing.MixWords(sizes, card, Path(curvature) if curvature else None, kept, keep=not dry_run)
+    words = exporting.GgufWords(
+        types, Path(imatrix) if imatrix else None, overrides, max_shard_size, (mmproj or "").upper(), mix
+    )
+    exports = exporting.plan_export(base, words, threads=threads, progress=talk.progress)
+    mixes = [mix for export in exports for mix in export.mixes]
+    for one in mixes:
+        _show_mix(talk, one)
     found = exporting.estimate(exports, Path(out), threads)
     if dry_run:
         _show_preflight(talk, found)
@@ -77,7 +100,7 @@ def gguf(
         for why, count in Counter(export.layout.left_out.values()).items():
             talk.say(f"{count} tensors are not in {export.planned[0].target.name}: {why}")
     reports = exporting.write_export(exports, Path(out), threads=threads, force=force, progress=talk.progress)
-    _show(talk, reports, out)
+    _show(talk, reports, mixes, out)
 
 
 def _show_preflight(talk: Talk, found: GgufPreflight) -> None:
@@ -109,7 +132,33 @@ def _show_preflight(talk: Talk, found: GgufPreflight) -> None:
     talk.result(found, text="")
 
 
-def _show(talk: Talk, reports: tuple[ExportReport, ...], out: str) -> None:
+def _show_mix(talk: Talk, mix: Mix) -> None:
+    """Where the memory goes, and which types the tensors got for what price."""
+    found = mix.solution
+    if mix.fit is not None:
+        rows = [(term.name, size(term.size_bytes), term.how) for term in mix.fit.terms]
+        rows.append(("weights", size(mix.fit.weights_bytes), "what is left"))
+        talk.table(f"A card of {size(mix.fit.memory_bytes)}", ("part", "size", "how"), rows)
+    talk.table(
+        f"{mix.name}: {found.size_bytes:,} of {found.budget_bytes:,} bytes, {found.damage:.5f} nats expected",
+        ("tensors", "layers", "types", "size", "bits per weight", "nats"),
+        [
+            (
+                band.role,
+                "" if band.layers is None else f"{band.layers[0]}-{band.layers[1]}",
+                ", ".join(f"{kind.name} {count}" for kind, count in band.types),
+                size(band.size_bytes),
+                f"{band.bpw:.2f}",
+                f"{band.damage:.5f}",
+            )
+            for band in mix.bands
+        ],
+        note=f"files of these types weigh {size(found.least_bytes)} to {size(found.most_bytes)}; "
+        f"the next MiB would save {found.price * 2**20:.2g} nats",
+    )
+
+
+def _show(talk: Talk, reports: tuple[ExportReport, ...], mixes: Sequence[Mix], out: str) -> None:
     talk.table(
         "Written",
         ("file", "bytes", "size", "bits per weight", "types", "quantised", "copied", "resumed"),
@@ -132,4 +181,4 @@ def _show(talk: Talk, reports: tuple[ExportReport, ...], out: str) -> None:
             f"{duration(r.kernel_seconds)} in the quantisers" for r in reports
         ),
     )  # fmt: skip
-    talk.result({"reports": reports}, path=out, text=out)
+    talk.result({"reports": reports, "mixes": [mix.summary() for mix in mixes]}, path=out, text=out)

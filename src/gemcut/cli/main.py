@@ -33,6 +33,10 @@ VERBS: dict[str, tuple[str, str]] = {
         "gemcut.cli.imatrix:imatrix",
         "Importance matrix that llama.cpp reads; from statistics without a second pass.",
     ),
+    "curvature": (
+        "gemcut.cli.curvature:curvature",
+        "What a change of each weight does to the answers; gguf --size solves by it.",
+    ),
     "gguf": (
         "gemcut.cli.gguf:gguf",
         "Write GGUF files straight from safetensors, many types from one read.",

@@ -6,7 +6,7 @@ import pytest
 
 from export.mix.goldens import layout
 from gemcut.errors import UsageError
-from gemcut.export.mix.overrides import apply, parse_overrides, read_overrides
+from gemcut.export.mix.overrides import decided, parse_overrides, read_overrides
 from gemcut.export.mix.stock import stock_types
 from gemcut.ggml.types import GgmlType
 
@@ -18,7 +18,7 @@ def test_first_match_wins_and_case_is_no_matter() -> None:
     assert types["blk.3.attn_k.weight"] is GgmlType.Q8_0
     assert types["blk.4.attn_k.weight"] is GgmlType.Q6_K
     plain = stock_types("Q4_K_M", model, imatrix=False)
-    assert apply(plain, model, overrides) == types
+    assert plain | decided(model, overrides) == types
 
 
 def test_the_shape_still_has_its_say() -> None:
@@ -41,7 +41,7 @@ def test_a_pattern_that_binds_nothing_is_refused(lines: list[str], hint: str) ->
         stock_types("Q4_K_M", model, imatrix=False, overrides=overrides)
     assert hint in str(refused.value.hint)
     with pytest.raises(UsageError, match="binds nothing"):
-        apply(stock_types("Q4_K_M", model, imatrix=False), model, overrides)
+        decided(model, overrides)
 
 
 def test_a_variant_has_decided_its_ends() -> None:

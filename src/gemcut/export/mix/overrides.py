@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,15 +58,15 @@ def read_overrides(path: Path) -> tuple[Override, ...]:
     return parse_overrides(text.splitlines(), where=path.name)
 
 
-def apply(types: Mapping[str, GgmlType], layout: GgufLayout, overrides: Sequence[Override]) -> dict[str, GgmlType]:
-    """The types with the overrides over them: first match wins, the shape fallback stays.
+def decided(layout: GgufLayout, overrides: Sequence[Override]) -> dict[str, GgmlType]:
+    """Types of the tensors that the overrides decide: first match wins, the shape fallback stays.
 
-    For a mix that is not llama-quantize's own; `stock_types` takes overrides itself, since they change its counting.
+    For mixes that are not llama-quantize's own; `stock_types` takes overrides itself, since they change its counting.
 
     Raises:
         UsageError: an override decides no tensor, or a tensor's shape has no fallback from its type.
     """
-    out, bound = dict(types), set()
+    out, bound = {}, set()
     for tensor in layout.tensors:
         match = first_match(overrides, tensor.name)
         if match is not None and quantisable(tensor):

@@ -1,0 +1,56 @@
+"""`gemcut curvature`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from gemcut.cli import options
+from gemcut.cli.console import Talk
+
+
+@click.command()
+@click.argument("model")
+@click.option("--corpus", required=True, help="JSON lines, text, or demo:calibration.")
+@options.out_folder
+@click.option("--max-tokens", type=click.IntRange(min=1), help="Whole items, class by class in turn, up to this many.")
+@click.option("--max-tokens-per-item", type=click.IntRange(min=2), default=4096, show_default=True)
+@click.option("--draws", type=click.IntRange(min=1), default=1, show_default=True, help="Answers drawn for each token.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the draws.")
+@click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16"]), default="float32", show_default=True)
+@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1.")
+@options.force
+@options.talk
+def curvature(
+    model: str,
+    corpus: str,
+    out: str,
+    max_tokens: int | None,
+    max_tokens_per_item: int,
+    draws: int,
+    seed: int,
+    dtype: str,
+    device: str,
+    force: bool,
+    talk: Talk,
+) -> None:
+    """What a change of each weight does to the answers; gguf --size solves by it.
+
+    Forward and backward through the model once, one layer in memory; ten to fifty thousand tokens are enough.
+    """
+    from gemcut import ablate, models, stages, store
+    from gemcut.records.curvature import save_curvature
+
+    base = models.open_model(model)
+    store.refuse_existing(Path(out), force=force)
+    text = stages.read_corpus(corpus, base, max_tokens, max_tokens_per_item)
+    talk.say(f"{base.name}: {len(text.items)} items, {text.tokens:,} tokens")
+    settings = ablate.AblateSettings(device=device, dtype=None if dtype == "auto" else dtype)
+    found = ablate.curvature(base, text, settings, draws=draws, seed=seed, progress=talk.progress)
+    save_curvature(found, Path(out), force=force)
+    talk.result(
+        {"tensors": len(found.tensors), "tokens": found.tokens, "items": found.items, "draws": found.draws},
+        path=out,
+        text=f"{out}: {len(found.tensors)} tensors, {found.tokens:,} predictions of {found.items} items",
+    )

@@ -1,0 +1,197 @@
+"""Which mixes an export is asked for beyond the file types: a size, a card's memory, a ContribDynamic tier."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from gemcut.checkpoint import Checkpoint
+from gemcut.errors import UsageError
+from gemcut.export.imatrix import Imatrix
+from gemcut.export.layout import vision_layout_of
+from gemcut.export.mix import contribution, fit, measure, overrides, shapes, solver, stock
+from gemcut.export.mix.explain import Band, Choice, bands, choices
+from gemcut.export.mix.sizes import file_size
+from gemcut.families.gguf import GgufLayout
+from gemcut.ggml.library import Library
+from gemcut.ggml.types import GgmlType, parse_type
+from gemcut.records.curvature import load_curvature
+from gemcut.types import Json
+
+Progress = Callable[[int, int, str], None]
+DAMAGES_FILE = "damages.json"
+MMPROJ = "mmproj"
+
+
+@dataclass(frozen=True, slots=True)
+class FitWords:
+    """A card. memory_bytes: all of it.   others: files that lie in it beside the model, name → bytes."""
+
+    memory_bytes: int
+    context: int
+    cache: GgmlType = GgmlType.F16
+    others: tuple[tuple[str, int], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class MixWords:
+    """sizes: bytes of files to solve for.   fits: cards to solve for.
+
+    curvature: its folder.   damages: the file where measured damages are looked for, and written if `keep`.
+    """
+
+    sizes: tuple[int, ...] = ()
+    fits: tuple[FitWords, ...] = ()
+    curvature: Path | None = None
+    damages: Path | None = None
+    keep: bool = True
+
+    @property
+    def asked(self) -> bool:
+        return bool(self.sizes or self.fits)
+
+
+NOTHING = MixWords()
+
+
+@dataclass(frozen=True, slots=True)
+class Mix:
+    """A solved mix and why it is so.   name: for the file.   number: `general.file_type` of the nearest stock file."""
+
+    name: str
+    number: int
+    solution: solver.Solution
+    fit: fit.Fit | None
+    bands: tuple[Band, ...]
+    choices: tuple[Choice, ...]
+
+    def summary(self) -> dict[str, Json]:
+        """The figures, for a record."""
+        found = self.solution
+        terms = self.fit.terms if self.fit is not None else ()
+        return {
+            "name": self.name,
+            "size_bytes": found.size_bytes,
+            "budget_bytes": found.budget_bytes,
+            "least_bytes": found.least_bytes,
+            "most_bytes": found.most_bytes,
+            "expected_kld": found.damage,
+            "memory": {term.name: term.size_bytes for term in terms},
+        }
+
+
+def tier_types(name: str, layout: GgufLayout, imatrix: Imatrix | None) -> dict[str, GgmlType]:
+    """Types of a ContribDynamic tier; the layers' contributions come from the importance matrix.
+
+    Raises:
+        UsageError: no importance matrix; see `contribution.tier_types`.
+    """
+    if imatrix is None:
+        raise UsageError(f"{name} ranks layers by an importance matrix", hint="make one with gemcut imatrix: --imatrix")
+    energies = {
+        tensor: float((entry.sums.astype("f8").sum()) / max(1, int(entry.counts.sum())))
+        for tensor, entry in imatrix.entries.items()
+    }
+    return contribution.tier_types(name, layout, contribution.contribution_of(layout, energies))
+
+
+def solve_mixes(
+    checkpoint: Checkpoint,
+    layout: GgufLayout,
+    words: MixWords,
+    imatrix: Imatrix | None,
+    header_bytes: int,
+    *,
+    by_hand: Sequence[overrides.Override] = (),
+    threads: int = 1,
+    library: Library | None = None,
+    progress: Progress | None = None,
+) -> tuple[Mix, ...]:
+    """The best types for each size and card; damages are measured once for all of them.
+
+    Args:
+        header_bytes: of the file, up to the first tensor's data.
+        by_hand: tensors whose types are decided.
+    Raises:
+        UsageError: no curvature; a size below the least possible; a card that holds nothing.
+        CheckpointError: the curvature is damaged or of another model.
+    """
+    if words.curvature is None:
+        raise UsageError(
+            "a size is solved by what each tensor's rounding costs", hint="make it with gemcut curvature: --curvature"
+        )
+    fixed = overrides.decided(layout, by_hand)
+    budgets: list[tuple[str, int, fit.Fit | None]] = [(size_name(size), size, None) for size in words.sizes]
+    for one in words.fits:
+        found = fit.weights_budget(
+            layout, one.memory_bytes, context=one.context, cache=one.cache, others=dict(one.others)
+        )
+        budgets.append((f"fit-{size_name(one.memory_bytes)}", found.weights_bytes, found))
+    earlier = measure.load_damages(words.damages) if words.damages is not None and words.damages.exists() else None
+    damages = measure.measure_damages(
+        checkpoint, layout, load_curvature(words.curvature), imatrix,
+        earlier=earlier, threads=threads, library=library, progress=progress,
+    )  # fmt: skip
+    if words.keep and words.damages is not None and damages.values != (earlier.values if earlier else None):
+        words.damages.parent.mkdir(parents=True, exist_ok=True)
+        measure.save_damages(damages, words.damages)
+    mixes = []
+    for name, budget, found_fit in budgets:
+        solution = solver.solve(layout, damages.values, budget, header_bytes=header_bytes, fixed=fixed)
+        number = _nearest(layout, solution, header_bytes, imatrix=imatrix is not None)
+        shown = bands(layout, solution.types, damages.values), choices(layout, solution.types, damages.values)
+        mixes.append(Mix(name, number, solution, found_fit, *shown))
+    return tuple(mixes)
+
+
+def card_words(
+    checkpoint: Checkpoint, memory_bytes: int, context: int, cache: str, beside: str | None, projector: str
+) -> tuple[FitWords]:
+    """A card in the words of the command line.
+
+    Args:
+        beside: `mmproj` (this checkpoint's, of the type `projector`) and paths of GGUF files, parted by commas.
+    Raises:
+        UsageError: no such type, no such file, or no vision tower.
+    """
+    others = []
+    for word in filter(None, (part.strip() for part in (beside or "").split(","))):
+        if word == MMPROJ:
+            layout = vision_layout_of(checkpoint)
+            kind = stock.file_type(projector).base
+            others.append((MMPROJ, file_size(0, projector_types(layout, kind), layout).size_bytes))
+        elif Path(word).is_file():
+            others.append((Path(word).name, Path(word).stat().st_size))
+        else:
+            raise UsageError("nothing that could lie beside the model", got=word, wanted=f"{MMPROJ} or a GGUF file")
+    return (FitWords(memory_bytes, context, parse_type(cache), tuple(others)),)
+
+
+def projector_types(layout: GgufLayout, kind: GgmlType) -> dict[str, GgmlType]:
+    """One type for every matrix of an mmproj file, as the converter's --outtype has it; F16 where it does not fit."""
+    return {
+        tensor.name: shapes.shaped(kind, tensor)
+        if shapes.quantisable(tensor)
+        else shapes.unquantised_type(tensor, kind)
+        for tensor in layout.tensors
+    }
+
+
+def size_name(size_bytes: int) -> str:
+    """`10GiB`, `7.64GiB`, `5MiB`: a size in a file's name."""
+    for unit, scale in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if size_bytes >= scale:
+            return f"{size_bytes / scale:.2f}".rstrip("0").rstrip(".") + unit
+    return f"{size_bytes}B"
+
+
+def _nearest(layout: GgufLayout, solution: solver.Solution, header_bytes: int, *, imatrix: bool) -> int:
+    """`general.file_type` of the stock file nearest in size: what other programs show."""
+
+    def distance(name: str) -> int:
+        types = stock.stock_types(name, layout, imatrix=imatrix)
+        return abs(file_size(header_bytes, types, layout).size_bytes - solution.size_bytes)
+
+    shown = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "IQ4_XS", "Q3_K_M", "IQ3_XXS", "Q2_K", "IQ2_M", "IQ2_XXS")
+    return stock.file_type(min(shown, key=distance)).number
