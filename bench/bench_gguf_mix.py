@@ -139,7 +139,7 @@ def rows(found: dict[str, Any]) -> Iterator[dict[str, str]]:
             below = 100 * (1 - row["solved_bytes"] / row["stock_bytes"])
             klds = f"KLD {row['solved_kld']['value']:.5f} against {row['stock_kld']['value']:.5f}"
             yield {
-                "what": f"demo/{kind}, solved at {row['stock']}'s size of {row['stock_bytes']:,} bytes: share of its KLD",
+                "what": f"demo/{kind}, as {row['stock']}, {row['stock_bytes']:,} bytes: solved file's share of its KLD",
                 "target": f"≤ {TARGET}",
                 "measured": f"{share(row['ratio'])}; {klds}, expected {row['expected_kld']:.5f}; "
                 f"{below:.3f} % below the size; {many}",
@@ -152,7 +152,7 @@ def rows(found: dict[str, Any]) -> Iterator[dict[str, str]]:
             }
         for row in one["tiers"]:
             yield {
-                "what": f"demo/{kind}, solved at the size of {row['tier']} ({row['bytes']:,} bytes): share of its KLD",
+                "what": f"demo/{kind}, as {row['tier']}, {row['bytes']:,} bytes: solved file's share of its KLD",
                 "target": "",
                 "measured": f"{share(row['solved_ratio'])}; the tier's KLD {row['kld']['value']:.5f}; {many}",
             }

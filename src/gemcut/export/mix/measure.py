@@ -40,8 +40,8 @@ SAMPLE_ELEMENTS = 1 << 21  # of one tensor: 390 rows of 31B's hidden size
 # What a mix is made of. Q1_0, Q2_0 and TQ are for weights that were trained for them; IQ1 is the last resort.
 CANDIDATES = (
     GgmlType.IQ1_S, GgmlType.IQ1_M, GgmlType.IQ2_XXS, GgmlType.IQ2_XS, GgmlType.IQ2_S, GgmlType.Q2_K, GgmlType.IQ3_XXS,
-    GgmlType.IQ3_S, GgmlType.Q3_K, GgmlType.MXFP4, GgmlType.IQ4_XS, GgmlType.IQ4_NL, GgmlType.Q4_0, GgmlType.Q4_K, GgmlType.Q4_1,
-    GgmlType.Q5_0, GgmlType.Q5_K, GgmlType.Q5_1, GgmlType.Q6_K, GgmlType.Q8_0,
+    GgmlType.IQ3_S, GgmlType.Q3_K, GgmlType.MXFP4, GgmlType.IQ4_XS, GgmlType.IQ4_NL, GgmlType.Q4_0, GgmlType.Q4_K,
+    GgmlType.Q4_1, GgmlType.Q5_0, GgmlType.Q5_K, GgmlType.Q5_1, GgmlType.Q6_K, GgmlType.Q8_0,
 )  # fmt: skip
 
 
