@@ -8,7 +8,7 @@ from typing import Any
 
 from demo.train.document import CLASSES
 
-FOLDERS = ("moe", "dense", "corpus", "results")
+FOLDERS = ("moe", "dense", "moe-drafter", "dense-drafter", "corpus", "results")
 FILES = ("moe-routing.json",)
 BEGIN, END = "<!-- tables: written by demo.train.record -->", "<!-- end of tables -->"
 NAMES = {"moe": "mixture of experts", "dense": "dense"}
@@ -107,6 +107,47 @@ def routing_tables(demo: Path) -> str:
     return "\n".join(lines)
 
 
+def rate(row: dict[str, Any]) -> str:
+    """A measured share with its interval."""
+    low, high = row["interval"]
+    return f"{row['rate']:.3f} ({low:.3f} to {high:.3f})"
+
+
+def drafter_tables(demo: Path) -> str:
+    """Accepted drafts by number of drafts a round and by class, and how the drafters learned."""
+    lines = [
+        "| trunk | drafts a round | answers | equal to plain greedy | drafted | accepted | share | of first drafts |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    chats = [label for label in CLASSES if label != "prose"]  # prose is text without turns
+    classes = ["| trunk | " + " | ".join(chats) + " |", "|---|" + "---|" * len(chats)]
+    curve = [
+        "| trunk | step | drafts | training loss | " + " | ".join(CLASSES) + " |",
+        "|---|---|---|---|" + "---|" * len(CLASSES),
+    ]
+    for model, name in NAMES.items():
+        results = _read(demo / "results" / f"{model}-drafter.json")["drafts"]
+        for drafts, row in results.items():
+            every = row["overall"]
+            counts = f"{row['prompts']} | {row['equal_to_greedy']} | {every['drafted']} | {every['accepted']}"
+            lines.append(f"| {name} | {drafts} | {counts} | {rate(every)} | {rate(row['by_place'][0])} |")
+        classes.append(f"| {name} | " + " | ".join(rate(results["3"]["by_class"][label]) for label in chats) + " |")
+        for line in (demo / "results" / f"{model}-drafter-log.jsonl").read_text(encoding="utf-8").splitlines():
+            record = json.loads(line)
+            if "held_out" in record:
+                values = " | ".join(", ".join(f"{x:.2f}" for x in record["held_out"][label]) for label in CLASSES)
+                curve.append(f"| {name} | {record['step']} | {record['drafts']} | {record['loss']:.3f} | {values} |")
+    return "\n\n".join(
+        (
+            "\n".join(lines),
+            "Three drafts a round, by class:",
+            "\n".join(classes),
+            "Share of held-out places where each of three drafts is the trunk's first choice, given the text:",
+            "\n".join(curve),
+        )
+    )
+
+
 def tables(demo: Path) -> str:
     """All tables under their headings."""
     parts = (
@@ -114,6 +155,7 @@ def tables(demo: Path) -> str:
         ("Answers", answer_table(demo)),
         ("Routing", routing_tables(demo)),
         ("Curve", curve_table(demo)),
+        ("Drafters", drafter_tables(demo)),
         ("Hashes", "```\n" + "\n".join(f"{digest}  {name}" for name, digest in hashes(demo).items()) + "\n```"),
     )
     return "\n\n".join(f"### {title}\n\n{body}" for title, body in parts)

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-from demo.train import corpora, text, vocabulary  # noqa: E402
+from demo.train import corpora, record, text, vocabulary  # noqa: E402
 from demo.train.architecture import PREFIX, SHAPES, tensors  # noqa: E402
 from demo.train.document import CLASSES, rendered_chat  # noqa: E402
 from demo.train.optimizer import schedule  # noqa: E402
@@ -41,7 +41,7 @@ def test_hashes_match() -> None:
     named = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
     there = {
         path.relative_to(DEMO).as_posix()
-        for folder in (*MODELS, "corpus")
+        for folder in record.FOLDERS
         for path in (DEMO / folder).iterdir()
         if path.is_file()
     }
