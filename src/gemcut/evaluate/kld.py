@@ -37,7 +37,7 @@ from gemcut.evaluate.kld_sources import (
 )
 from gemcut.evaluate.kld_tile import compare, rows_per_tile
 from gemcut.evaluate.rows import ALL, Measured, chunks_of, classes_of, kld_row, renumbered, rows_of, sums
-from gemcut.ggml.model import Model
+from gemcut.ggml.model import Model, run_bytes
 from gemcut.gguf_file.header import GgufFile
 from gemcut.stream.corpus import Corpus
 from gemcut.stream.hidden import BATCH_TOKENS, Progress, Slabs, scored_positions
@@ -258,7 +258,8 @@ def _groups(models: Sequence[Compared]) -> list[list[int]]:
     A base that is a GGUF runs again in every group; one that is a checkpoint was streamed once for all.
     """
     room = int(_MAPPED_SHARE * psutil.virtual_memory().available)
-    sizes = [model.size_bytes if isinstance(model, GgufFile) else 0 for model in models]
+    beside = run_bytes(vocabulary_of(models[0]))
+    sizes = [model.size_bytes + beside if isinstance(model, GgufFile) else 0 for model in models]
     groups: list[list[int]] = [[]]
     used = sizes[0]
     for i in range(1, len(models)):

@@ -33,6 +33,16 @@ _MAX_PIECE_BYTES = 1 << 16
 _SPARE_TOKENS = 64
 
 
+def batch_of(vocabulary: int) -> int:
+    """Tokens that are computed together."""
+    return max(1, min(_MAX_BATCH, _LOGIT_BYTES // max(1, 4 * vocabulary)))
+
+
+def run_bytes(vocabulary: int) -> int:
+    """Memory of a running model beside its mapped weights: logits of a batch, once computed and once kept."""
+    return 2 * 4 * vocabulary * batch_of(vocabulary)
+
+
 class Model:
     """One GGUF file in memory, with one sequence at a time. Not safe for use from two threads."""
 
@@ -78,7 +88,7 @@ class Model:
         self._vocab: int = self._dll.llama_model_get_vocab(self._model)
         self.vocabulary: int = self._dll.llama_vocab_n_tokens(self._vocab)
         self.hidden_size: int = self._dll.llama_model_n_embd_out(self._model)
-        self.batch = batch or max(1, min(_MAX_BATCH, _LOGIT_BYTES // max(1, 4 * self.vocabulary)))
+        self.batch = batch or batch_of(self.vocabulary)
         self._context_handle: int = self._open_context(context)
         self.context: int = self._dll.llama_n_ctx(self._context_handle)
         self._used = 0
