@@ -17,6 +17,7 @@ from gemcut.families.gguf import GgufLayout
 from gemcut.ggml.library import Library
 from gemcut.ggml.types import GgmlType, parse_type
 from gemcut.records.curvature import load_curvature
+from gemcut.store import write_bytes
 from gemcut.types import Json
 
 Progress = Callable[[int, int, str], None]
@@ -176,6 +177,16 @@ def projector_types(layout: GgufLayout, kind: GgmlType) -> dict[str, GgmlType]:
         else shapes.unquantised_type(tensor, kind)
         for tensor in layout.tensors
     }
+
+
+def save_picture(mix: Mix, path: Path) -> None:
+    """Where the bits are, as SVG."""
+    from gemcut.report.bits import Cell, bits  # matplotlib takes most of a second
+
+    cells = [Cell(one.role, one.layer, one.bpw, one.kind.name, one.elements) for one in mix.choices]
+    drawing = bits(cells, mix.name)
+    if drawing is not None:
+        write_bytes(path, drawing.svg.encode())
 
 
 def size_name(size_bytes: int) -> str:

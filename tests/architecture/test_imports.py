@@ -25,7 +25,7 @@ LICENSED = {("evaluate", "serve")}
 HEAVY = {
     "torch": ("stream/", "observe/", "ablate/", "canary/generate", "surgery/heal", "evaluate/kld", "export/nvfp4"),
     "transformers": ("stream/", "observe/", "canary/generate"),
-    "matplotlib": ("report/figures",),
+    "matplotlib": ("report/figures", "report/canvas"),
     "huggingface_hub": ("checkpoint/hub",),
     "rich": ("cli/console",),
     "tqdm": ("cli/console",),

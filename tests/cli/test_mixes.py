@@ -63,6 +63,7 @@ def test_a_size_is_met_from_below_and_said_before(place: Path, tmp_path: Path, c
     written = read_gguf(tmp_path / name)
     assert written.size_bytes == mix["size_bytes"] == said["files"][0]["size_bytes"]  # type: ignore[index]
     assert 0.98 * size < written.size_bytes <= size  # 0.5 % on real models; one step of this one's embedding is more
+    assert "bits per weight" in (tmp_path / name.replace(".gguf", ".bits.svg")).read_text()
     kept = (tmp_path / "damages.json").read_bytes()
     assert json.loads(kept)["settings"]["quantiser"]
     again = run(capsys, *words, "--force")

@@ -71,7 +71,7 @@ def gguf(
     """Write GGUF files straight from safetensors, many types from one read.
 
     Finished tensors of a run that broke off stay; tensors that an earlier export in the folder holds are copied. --size
-    and --fit measure what every type of every tensor costs, once, and keep that in the folder.
+    and --fit measure what every type of every tensor costs, once; that and a picture of the bits stay in the folder.
     """
     from gemcut import exporting, machine, mixing, models
     from gemcut.errors import UsageError
@@ -84,9 +84,9 @@ def gguf(
     threads = threads or machine.cores()
     card = mixing.card_words(base, fit, context, kv, beside, (mmproj or "Q8_0").upper()) if fit else ()
     kept = Path(out) / mixing.DAMAGES_FILE
-    mix = mixing.MixWords(sizes, card, Path(curvature) if curvature else None, kept, keep=not dry_run)
+    solving = mixing.MixWords(sizes, card, Path(curvature) if curvature else None, kept, keep=not dry_run)
     words = exporting.GgufWords(
-        types, Path(imatrix) if imatrix else None, overrides, max_shard_size, (mmproj or "").upper(), mix
+        types, Path(imatrix) if imatrix else None, overrides, max_shard_size, (mmproj or "").upper(), solving
     )
     exports = exporting.plan_export(base, words, threads=threads, progress=talk.progress)
     mixes = [mix for export in exports for mix in export.mixes]
@@ -100,6 +100,8 @@ def gguf(
         for why, count in Counter(export.layout.left_out.values()).items():
             talk.say(f"{count} tensors are not in {export.planned[0].target.name}: {why}")
     reports = exporting.write_export(exports, Path(out), threads=threads, force=force, progress=talk.progress)
+    for mix in mixes:
+        mixing.save_picture(mix, Path(out) / f"{exporting.file_stem(base)}-{mix.name}.bits.svg")
     _show(talk, reports, mixes, out)
 
 

@@ -1,35 +1,25 @@
-"""The figures, as SVG text. The only module that imports matplotlib.
-
-The same data give the same bytes: fixed salt for ids, no date, no program version, text kept as text. Colours are
-Okabe and Ito's (2008), which colour-blind readers can tell apart; state is never told by colour alone. The background
-is white and opaque, so that a figure stays legible on a dark page.
+"""The figures of a report, as SVG text. Colours are Okabe and Ito's (2008), which colour-blind readers can tell apart;
+state is never told by colour alone. The background is white and opaque, so that a figure stays legible on a dark page.
 """
 
 from __future__ import annotations
 
-import io
-import re
-import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import TypeAlias
 
-import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.colors import ListedColormap, PowerNorm
-from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
+from gemcut.report.canvas import bare, canvas, svg
 from gemcut.report.data import ALL, Drawing, KldEntry, ReportData
 from gemcut.report.grids import NEAR_TIE, CutGrid, Specialisation, cut_grid, mass_over_uniform, specialisation
 from gemcut.report.palette import (
     BLUE,
     COMPONENT,
     CYCLE,
-    FONTS,
     GREEN,
     INK,
     KEPT,
@@ -37,9 +27,7 @@ from gemcut.report.palette import (
     ORANGE,
     PINK,
     RULE,
-    STYLE,
     VERMILION,
-    WIDTH_INCHES,
 )
 from gemcut.report.spelling import count, interval, size
 from gemcut.report.tables import by_damage, units_name
@@ -47,29 +35,6 @@ from gemcut.report.text import plain
 from gemcut.types import Estimate
 
 XY: TypeAlias = tuple[float, float]
-
-
-@contextmanager
-def _canvas(height: float) -> Iterator[Figure]:
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH_INCHES, height), layout="constrained")
-        FigureCanvasSVG(figure)
-        yield figure
-
-
-def _svg(figure: Figure, name: str, caption: str) -> Drawing:
-    """Render, and make ids unique to the figure, so that many can stand in one page."""
-    with io.StringIO() as out, mpl.rc_context(STYLE), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing")  # text stays text: the reader's fonts have the glyph
-        figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-        text = out.getvalue()
-    text = text[text.index("<svg") :]
-    text = re.sub(r"\s*<metadata>.*?</metadata>", "", text, flags=re.S)
-    text = re.sub(r'(\bid="|url\(#|href="#)', lambda m: f"{m.group(1)}{name}-", text)
-    text = text.replace("'DejaVu Sans'", FONTS)
-    label = re.sub(r"[&<>\"]", lambda m: f"&#{ord(m.group(0))};", caption)
-    text = text.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1)
-    return Drawing(name, caption, text)
 
 
 def draw_all(data: ReportData) -> tuple[Drawing, ...]:
@@ -83,13 +48,6 @@ def _note(axes: Axes, text: str, at: XY, offset: XY, colour: str = INK, *, bold:
     style = {"color": colour, "fontsize": 8.8, "weight": "bold" if bold else "normal", "va": "center"}
     note = axes.annotate(text, at, offset, textcoords="offset points", annotation_clip=False)
     note.update(style)
-
-
-def _bare(axes: Axes) -> None:
-    """No spines and no tick marks: for grids of cells."""
-    axes.tick_params(which="both", length=0)
-    for spine in axes.spines.values():
-        spine.set_visible(False)
 
 
 def _dots(axes: Axes, y: float, value: Estimate, colour: str, *, strong: bool) -> None:
@@ -122,7 +80,7 @@ def criteria(data: ReportData) -> Drawing | None:
     if not [entry for entry in entries if not entry.is_noise_floor]:
         return None
     means = {entry.label: row.mean for entry in entries if (row := entry.row()) is not None}
-    with _canvas(1.25 + 0.32 * len(entries)) as figure:
+    with canvas(1.25 + 0.32 * len(entries)) as figure:
         axes = figure.subplots()
         values: dict[float, tuple[str, bool]] = {}
         for y, entry in enumerate(entries):
@@ -149,7 +107,7 @@ def criteria(data: ReportData) -> Drawing | None:
         axes.set_title("Damage by criterion at the same test: less is better", pad=16)
         caption = "Each dot is the mean KLD of one candidate from the uncut base, with its 95 % interval over chunks"
         caption += f"; {data.entry.label} is the one that this report is about." if data.entry else "."
-        return _svg(figure, "criteria", plain(caption))
+        return svg(figure, "criteria", plain(caption))
 
 
 def _entry_label(entry: KldEntry) -> str:
@@ -168,7 +126,7 @@ def damage(data: ReportData) -> Drawing | None:
     rows = sorted(data.entry.result.rows, key=lambda row: (row.cls == ALL, -row.mean.value, row.cls))
     labels = ["all classes" if row.cls == ALL else row.cls for row in rows]
     bold = {i for i, row in enumerate(rows) if row.cls == ALL}
-    with _canvas(1.3 + 0.34 * len(rows)) as figure:
+    with canvas(1.3 + 0.34 * len(rows)) as figure:
         left, right = figure.subplots(1, 2, sharey=True)
         for axes, pick, sign in ((left, "mean", False), (right, "ln_ppl_ratio", True)):
             values: dict[float, tuple[str, bool]] = {}
@@ -188,7 +146,7 @@ def damage(data: ReportData) -> Drawing | None:
         right.set_xlabel("ln PPL(cut) − ln PPL(base), above 0 is worse")
         for axes in (left, right):
             axes.locator_params(axis="x", nbins=4)
-        return _svg(
+        return svg(
             figure,
             "damage",
             plain(f"What the cut {data.entry.label} costs each class of text, most damaged first; n counts chunks."),
@@ -205,7 +163,7 @@ def sizes(data: ReportData) -> Drawing | None:
     unit, divisor = next(
         (u, d) for u, d in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)) if largest >= d or d == 2**10
     )
-    with _canvas(2.1) as figure:
+    with canvas(2.1) as figure:
         axes = figure.subplots()
         left = np.zeros(2)
         for i, name in enumerate(names):
@@ -225,7 +183,7 @@ def sizes(data: ReportData) -> Drawing | None:
         axes.set_xlabel(f"{unit} on disk")
         axes.set_title("Size by component, before and after", pad=16 + 18 * -(-len(names) // 6))
         axes.legend(bbox_to_anchor=(-0.01, 0.98), ncols=min(len(names), 6))
-        return _svg(figure, "sizes", "Bytes of the weight files by component, in the base and in this model.")
+        return svg(figure, "sizes", "Bytes of the weight files by component, in the base and in this model.")
 
 
 def cut(data: ReportData) -> Drawing | None:
@@ -236,7 +194,7 @@ def cut(data: ReportData) -> Drawing | None:
     colours = [VERMILION, KEPT, BLUE, GREEN, PINK, ORANGE]
     rows, columns = grid.state.shape
     cell = min(0.2, max(0.085, 6.4 / rows))
-    with _canvas(1.9 + cell * rows) as figure:
+    with canvas(1.9 + cell * rows) as figure:
         axes = figure.subplots()
         axes.imshow(
             np.minimum(grid.state, len(colours) - 1),
@@ -268,7 +226,7 @@ def cut(data: ReportData) -> Drawing | None:
         )
         if grid.reasons:
             caption += " What a guard keeps beyond it takes the place of a higher score before it."
-        return _svg(figure, "cut", plain(caption))
+        return svg(figure, "cut", plain(caption))
 
 
 def _dropped(grid: CutGrid) -> str:
@@ -299,7 +257,7 @@ def _grid_lines(axes: Axes, rows: int, columns: int) -> None:
     axes.set_xticks(np.arange(columns + 1) - 0.5, minor=True)
     axes.set_yticks(np.arange(rows + 1) - 0.5, minor=True)
     axes.grid(which="minor", axis="both", color="white", linewidth=1.0 if columns <= 64 else 0.4)
-    _bare(axes)
+    bare(axes)
 
 
 def _layer_ticks(axes: Axes, layers: tuple[int, ...]) -> None:
@@ -319,7 +277,7 @@ def routing(data: ReportData) -> Drawing | None:
     top = max(2.0, float(np.percentile(mass, 99.5)))
     items = {cls: sum(question.cls == cls for question in meta.questions) for cls in meta.classes}
     height = min(2.6, max(1.05, 0.075 * len(meta.layers)))
-    with _canvas(1.25 + lines * (height + 0.35)) as figure:
+    with canvas(1.25 + lines * (height + 0.35)) as figure:
         grid = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
         for i, axes in enumerate(grid.flat):
             if i >= len(meta.classes):
@@ -328,7 +286,7 @@ def routing(data: ReportData) -> Drawing | None:
             cls = meta.classes[i]
             image = axes.imshow(mass[i], "cividis", norm=PowerNorm(0.5, 0, top), aspect="auto", interpolation="none")
             axes.set_title(f"{plain(cls)[:24]}  (n = {count(items[cls])} items)", fontsize=9.5, weight="normal")
-            _bare(axes)
+            bare(axes)
             axes.set_xticks([0, mass.shape[2] // 2, mass.shape[2] - 1])
             axes.set_yticks([0, len(meta.layers) - 1], [str(meta.layers[0]), str(meta.layers[-1])])
         columns_are = "experts of a layer, the busiest over all classes at the left, in the same order in every panel"
@@ -340,7 +298,7 @@ def routing(data: ReportData) -> Drawing | None:
         bar.set_label("router mass, × uniform share" if name == "g" else "routed tokens, × uniform share", color=MUTED)
         bar.outline.set_visible(False)
         caption = "Router mass of each class per expert, where 1 is a uniform router; a bright cell in one panel only"
-        return _svg(figure, "routing", caption + " is a specialist of that class.")
+        return svg(figure, "routing", caption + " is a specialist of that class.")
 
 
 def specialists(data: ReportData) -> Drawing | None:
@@ -348,7 +306,7 @@ def specialists(data: ReportData) -> Drawing | None:
     found = specialisation(data.statistics) if data.statistics is not None else None
     if found is None:
         return None
-    with _canvas(3.5) as figure:
+    with canvas(3.5) as figure:
         axes = figure.subplots()
         x = np.arange(len(found.layers))
         axes.fill_between(x, 0, found.chance, color=RULE, linewidth=0, zorder=1)
@@ -374,7 +332,7 @@ def specialists(data: ReportData) -> Drawing | None:
         caption = (
             "Total variation distance between a class's routed tokens and those of all others: the share that would"
         )
-        return _svg(figure, "specialists", caption + " have to change experts to make them alike.")
+        return svg(figure, "specialists", caption + " have to change experts to make them alike.")
 
 
 def _end_labels(axes: Axes, found: Specialisation, x: float) -> None:
