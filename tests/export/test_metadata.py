@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 BF16_FILE = 32
 
 
-@pytest.mark.parametrize("demo", ["dense", "moe", "moe-drafter"])
+@pytest.mark.parametrize("demo", ["dense", "moe", "dense-drafter", "moe-drafter"])
 def test_keys_and_tensors_are_the_converters(demo: str) -> None:
     """The goldens are what bench/compare_converter.py read in the converter's files."""
     golden = json.loads((ROOT / "tests" / "golden" / f"converter_{demo}_model.json").read_text())
