@@ -18,7 +18,7 @@ from gemcut.checkpoint.write import write_checkpoint
 from gemcut.errors import CheckpointError, UsageError
 from gemcut.records.heal import HEAL_FILE, load_heal
 from gemcut.stream.model import StreamedModel
-from gemcut.surgery import config_for, edits_for
+from gemcut.surgery import config_for, cut_for_gguf, edits_for
 from gemcut.surgery.heal.edits import heal_edits
 from gemcut.surgery.heal.settings import HealSettings
 from gemcut.surgery.heal.stream import heal
@@ -96,6 +96,28 @@ def test_a_structural_cut_of_the_healed_weights_computes_the_same(
     whole = open_checkpoint(tmp_path / "masked")
     torch.testing.assert_close(logits(small), logits(whole), rtol=1e-4, atol=1e-4)
     assert not torch.allclose(logits(small), logits(base), atol=1e-2)
+
+
+def test_a_plan_for_gguf_alone_is_healed_and_read_without_being_written(base: Checkpoint, tmp_path: Path) -> None:
+    """Heads leave layers 1 and 4 only: no folder holds that, and the healed columns are the masked cut's."""
+    some = {1: (1, 2), 4: (1, 2)}
+    plan = head_plan(base, some)
+    ragged = dataclasses.replace(plan, params={**plan.params, "mode": "structural", "gguf_only": True})
+    heal(base, ragged, make_corpus(), tmp_path / "heal", settings=SETTINGS)
+    with pytest.raises(UsageError, match="every layer"):
+        edits_for(ragged, base, tmp_path / "heal")
+    found = cut_for_gguf(base, ragged, tmp_path / "heal")
+    used = [one.layer for one in load_heal(tmp_path / "heal" / HEAL_FILE).layers if one.used]
+    assert used
+    for layer in used:
+        name = next(n for n in base.tensors if n.endswith(f"layers.{layer}.self_attn.o_proj.weight"))
+        assert found.ref(name).shape[1] == base.ref(name).shape[1] // 2
+        edit = found.edits[name]
+        assert isinstance(edit, Replace)
+        stored = load_file(edit.path)
+        width = base.ref(name).shape[1] // 4
+        healed_columns = torch.cat([stored[name][:, :width], stored[name][:, 3 * width :]], 1).contiguous()
+        assert found.read(name).tobytes() == healed_columns.view(torch.uint8).numpy().tobytes()
 
 
 def test_unused_layers_keep_the_cut_alone(base: Checkpoint, tmp_path: Path) -> None:

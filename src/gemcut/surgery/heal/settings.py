@@ -118,7 +118,7 @@ def jobs_of(base: Checkpoint, plan: Plan, *, heal_all: bool = False, experts: Ex
         UsageError: the plan drops nothing.
         CheckpointError: it was made for another checkpoint.
     """
-    sites = check_plan(plan, base)
+    sites = check_plan(plan, base, gguf=plan.params.get("gguf_only") is True)
     cut = sorted(layer for layer, one in plan.layers.items() if one.drop)
     if not cut:
         raise UsageError(f"the plan drops no {plan.kind[:-1]}: there is nothing to heal", where=base.name)
