@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from math import prod
 from pathlib import Path
 
 from gemcut import machine, mixing, store
@@ -17,12 +18,12 @@ from gemcut.export import imatrix as importance
 from gemcut.export.imatrix import Imatrix
 from gemcut.export.layout import layout_of, vision_layout_of
 from gemcut.export.metadata import file_metadata
-from gemcut.export.mix import contribution, overrides, sizes, stock
+from gemcut.export.mix import contribution, overrides, padding, sizes, stock
 from gemcut.export.output import bytes_to_write
 from gemcut.export.provenance import provenance
 from gemcut.export.run import SPARE_BYTES, ExportReport, export_gguf
 from gemcut.export.source import PIECE_ELEMENTS
-from gemcut.export.targets import Planned, Target, plan_target
+from gemcut.export.targets import Importances, Planned, Target, plan_target
 from gemcut.families.gguf import GgufLayout, Value
 from gemcut.ggml.library import Library, load
 from gemcut.ggml.types import GgmlType
@@ -44,7 +45,7 @@ class GgufWords:
 
     types: file types and ContribDynamic tiers of the model file.   mix: sizes and cards to solve for.
     overrides: `REGEX=TYPE`, over each of them.   projector: type of the mmproj file, "" for none.   imatrix: its file.
-    max_shard_bytes: payload of a part; None for files in one piece.
+    max_shard_bytes: payload of a part; None for files in one piece.   pad_experts: see `mix.padding`.
     """
 
     types: tuple[str, ...]
@@ -53,6 +54,7 @@ class GgufWords:
     max_shard_bytes: int | None = None
     projector: str = ""
     mix: MixWords = NOTHING
+    pad_experts: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +105,7 @@ class _Files:
     library: Library
     words: GgufWords
     imatrix: Imatrix | None
+    importances: Importances | None
     _keys: dict[str, Mapping[str, Value]] = field(default_factory=dict)
 
     def plan(self, layout: GgufLayout, name: str, types: Mapping[str, GgmlType], number: int) -> Planned:
@@ -119,7 +122,7 @@ class _Files:
             "general.file_type": Value("u32", number),
             **provenance(whole, self.library.identity, self.imatrix, file, cut=parent if whole != parent else ""),
         }
-        target = Target(name, types, metadata, self.imatrix)
+        target = Target(name, types, metadata, self.importances)
         return plan_target(
             target, layout, parent=parent, quantiser=self.library.identity, max_shard_bytes=self.words.max_shard_bytes
         )
@@ -151,26 +154,30 @@ def plan_export(
     if words.types or words.mix.asked:
         layout = layout_of(checkpoint)
         imatrix = None if words.imatrix is None else _imatrix(words.imatrix, layout, checkpoint)
-        files = _Files(checkpoint, library, words, imatrix)
-        stem, planned = file_stem(checkpoint), []
+        importances: Importances | None = imatrix
+        stem, planned, suffix = file_stem(checkpoint), [], ""
+        if words.pad_experts:
+            layout, suffix = padding.pad_experts(layout), "-padded"
+            importances = None if imatrix is None else padding.PaddedImportances.of(imatrix, layout)
+        files = _Files(checkpoint, library, words, imatrix, importances)
         mixes: tuple[Mix, ...] = ()
         for asked in dict.fromkeys(name.strip().upper() for name in words.types):
             types, number = _types(asked, layout, imatrix, given)
-            planned.append(files.plan(layout, f"{stem}-{asked}.gguf", types, number))
+            planned.append(files.plan(layout, f"{stem}-{asked}{suffix}.gguf", types, number))
         if words.mix.asked:
             trial = stock.stock_types("Q8_0", layout, imatrix=False)
             parts = files.plan(layout, f"{stem}.gguf", trial, 0).parts
             mixes = mixing.solve_mixes(
-                checkpoint, layout, words.mix, imatrix, sum(part.data_start for part in parts),
+                checkpoint, layout, words.mix, importances, sum(part.data_start for part in parts),
                 by_hand=given, threads=threads, library=library, progress=progress,
             )  # fmt: skip
             for mix in mixes:
-                planned.append(files.plan(layout, f"{stem}-{mix.name}.gguf", mix.solution.types, mix.number))
+                planned.append(files.plan(layout, f"{stem}-{mix.name}{suffix}.gguf", mix.solution.types, mix.number))
         exports.append(Export(checkpoint, layout, tuple(planned), mixes))
     if words.projector:
         layout = vision_layout_of(checkpoint)
         kind = stock.file_type(words.projector)
-        files = _Files(checkpoint, library, GgufWords((), max_shard_bytes=None), None)
+        files = _Files(checkpoint, library, GgufWords((), max_shard_bytes=None), None, None)
         name = f"mmproj-{file_stem(checkpoint)}-{kind.name}.gguf"
         exports.append(
             Export(
@@ -266,10 +273,19 @@ def write_export(
 
 
 def _imatrix(path: Path, layout: GgufLayout, checkpoint: Checkpoint) -> Imatrix:
-    found = importance.fit(importance.read_imatrix(path), layout)
+    """Importances of this model; of a cut on the way also those of its base, of which the kept units' are taken."""
+    read = importance.read_imatrix(path)
+    if isinstance(checkpoint, EditedCheckpoint) and not _is_of(read, layout):
+        return importance.take(read, layout_of(checkpoint.base), checkpoint.edits)
+    found = importance.fit(read, layout)
     if found.model_fingerprint and found.model_fingerprint != checkpoint.fingerprint:
         log.warning("%s was made from another checkpoint of the same shapes", path.name)
     return found
+
+
+def _is_of(imatrix: Imatrix, layout: GgufLayout) -> bool:
+    shapes = {tensor.name: prod((*tensor.shape[:-2][:1], tensor.shape[-1])) for tensor in layout.tensors}
+    return all(entry.sums.size == shapes.get(name) for name, entry in imatrix.entries.items())
 
 
 def _refuse_starved(asked: str, file: str, types: Mapping[str, GgmlType], imatrix: Imatrix | None) -> None:

@@ -13,6 +13,7 @@ from gemcut.export.layout import vision_layout_of
 from gemcut.export.mix import contribution, fit, measure, overrides, shapes, solver, stock
 from gemcut.export.mix.explain import Band, Choice, bands, choices
 from gemcut.export.mix.sizes import file_size
+from gemcut.export.targets import Importances
 from gemcut.families.gguf import GgufLayout
 from gemcut.ggml.library import Library
 from gemcut.ggml.types import GgmlType, parse_type
@@ -101,7 +102,7 @@ def solve_mixes(
     checkpoint: Checkpoint,
     layout: GgufLayout,
     words: MixWords,
-    imatrix: Imatrix | None,
+    importances: Importances | None,
     header_bytes: int,
     *,
     by_hand: Sequence[overrides.Override] = (),
@@ -131,7 +132,7 @@ def solve_mixes(
         budgets.append((f"fit-{size_name(one.memory_bytes)}", found.weights_bytes, found))
     earlier = measure.load_damages(words.damages) if words.damages is not None and words.damages.exists() else None
     damages = measure.measure_damages(
-        checkpoint, layout, load_curvature(words.curvature), imatrix,
+        checkpoint, layout, load_curvature(words.curvature), importances,
         earlier=earlier, threads=threads, library=library, progress=progress,
     )  # fmt: skip
     if words.keep and words.damages is not None and damages.values != (earlier.values if earlier else None):
@@ -140,7 +141,7 @@ def solve_mixes(
     mixes = []
     for name, budget, found_fit in budgets:
         solution = solver.solve(layout, damages.values, budget, header_bytes=header_bytes, fixed=fixed)
-        number = _nearest(layout, solution, header_bytes, imatrix=imatrix is not None)
+        number = _nearest(layout, solution, header_bytes, imatrix=importances is not None)
         shown = bands(layout, solution.types, damages.values), choices(layout, solution.types, damages.values)
         mixes.append(Mix(name, number, solution, found_fit, *shown))
     return tuple(mixes)

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 )
 @click.option("--plan", "plan_file", type=click.Path(), help="Cut on the way; heads may differ from layer to layer.")
 @click.option("--heal", type=click.Path(), help="With --plan: a folder of gemcut heal, what it refitted goes in.")
+@click.option("--pad-experts", is_flag=True, help="Experts as wide as blocks of 256, by zeros: smaller types fit.")
 @click.option("--threads", type=click.IntRange(min=1), help="Threads that quantise; by default one for each core.")
 @click.option("--max-shard-size", type=ByteSize(), help="Split files into parts of at most this, as 2GiB or 4GB.")
 @options.force
@@ -62,6 +63,7 @@ def gguf(
     mmproj: str | None,
     plan_file: str | None,
     heal: str | None,
+    pad_experts: bool,
     threads: int | None,
     max_shard_size: int | None,
     force: bool,
@@ -86,7 +88,13 @@ def gguf(
     kept = Path(out) / mixing.DAMAGES_FILE
     solving = mixing.MixWords(sizes, card, Path(curvature) if curvature else None, kept, keep=not dry_run)
     words = exporting.GgufWords(
-        types, Path(imatrix) if imatrix else None, overrides, max_shard_size, (mmproj or "").upper(), solving
+        types,
+        Path(imatrix) if imatrix else None,
+        overrides,
+        max_shard_size,
+        (mmproj or "").upper(),
+        solving,
+        pad_experts,
     )
     exports = exporting.plan_export(base, words, threads=threads, progress=talk.progress)
     mixes = [mix for export in exports for mix in export.mixes]

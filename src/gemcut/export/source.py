@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from gemcut.checkpoint import Checkpoint
 from gemcut.errors import CheckpointError, UsageError
-from gemcut.families.gguf import GgufTensor
+from gemcut.families.gguf import GgufTensor, Grown
 from gemcut.types import DTYPE_BYTES, F32
 
 # Elements of one piece: 2 MiB of float32, which a core's cache holds while each target quantises it. A change of this
@@ -84,7 +84,7 @@ class Source:
             raise UsageError(
                 "only float tensors become GGUF", where=tensor.source, got=ref.dtype, wanted=" or ".join(_FLOATS)
             )
-        if ref.elements != prod(tensor.shape) or (
+        if ref.elements != self._stored_elements() or (
             tensor.permute
             and (prod(self._stored) != ref.elements or sorted(tensor.permute) != list(range(len(self._stored))))
         ):
@@ -136,6 +136,8 @@ class Source:
         if self.tensor.source is None or self.tensor.permute:
             values, digest = self._all()
             return Loaded(values[piece.first : piece.stop], None, "F32", digest)
+        if self.tensor.grown is not None:
+            return self._grown(piece, self.tensor.grown)
         raw = self._read(piece)
         values = self._floats(raw).reshape(-1, self.columns)
         self._check(values, piece)
@@ -145,11 +147,36 @@ class Source:
         """The digest that `load` would give, without the values."""
         if self.tensor.source is None or self.tensor.permute:
             return self._all()[1]
+        if self.tensor.grown is not None:
+            digest = blake3()
+            for stored, _ in _stored_rows(piece, self.tensor.grown):
+                digest.update(self._read(stored).data)
+            return digest.digest()
         return blake3(self._read(piece).data).digest()
 
+    def _grown(self, piece: Piece, grown: Grown) -> Loaded:
+        """The piece with its zeros; they are the file's, and stand in no digest."""
+        values = np.zeros((piece.stop - piece.first, self.columns), np.float32)
+        digest = blake3()
+        for stored, at in _stored_rows(piece, grown):
+            raw = self._read(stored)
+            digest.update(raw.data)
+            part = self._floats(raw).reshape(-1, grown.columns[0])
+            self._check(part, stored)
+            values[at : at + len(part), : grown.columns[0]] = part
+        return Loaded(values, None, "F32", digest.digest())
+
+    def _stored_elements(self) -> int:
+        grown = self.tensor.grown
+        if grown is None:
+            return prod(self.tensor.shape)
+        return self.rows // grown.rows[1] * grown.rows[0] * grown.columns[0]
+
     def _read(self, piece: Piece) -> U8:
+        """Rows as they are stored."""
         assert self.tensor.source is not None
-        row = self.columns * DTYPE_BYTES[self.dtype]
+        columns = self.columns if self.tensor.grown is None else self.tensor.grown.columns[0]
+        row = columns * DTYPE_BYTES[self.dtype]
         return self.checkpoint.read_range(self.tensor.source, piece.first * row, piece.stop * row)
 
     def _floats(self, raw: U8) -> F32:
@@ -188,6 +215,16 @@ class Source:
                 got=float(values[row, column]),
                 hint="the checkpoint is damaged, or was trained into the ground",
             )
+
+
+def _stored_rows(piece: Piece, grown: Grown) -> Iterator[tuple[Piece, int]]:
+    """Rows on disk that lie in a piece of the file, and which row of the piece the first of them is."""
+    stored, filed = grown.rows
+    for run in range(piece.first // filed, -(-piece.stop // filed)):
+        first = max(piece.first - run * filed, 0)
+        stop = min(piece.stop - run * filed, stored)
+        if first < stop:
+            yield Piece(run * stored + first, run * stored + stop), run * filed + first - piece.first
 
 
 def source_hash(digests: list[bytes]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import prod
 from typing import Literal, TypeAlias
 
 from gemcut.types import F32
@@ -20,6 +21,15 @@ class Value:
     value: int | float | bool | str | tuple[int, ...] | tuple[float, ...] | tuple[bool, ...] | tuple[str, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Grown:
+    """Zeros that the file holds and the checkpoint does not: behind every run of `rows[0]` rows up to `rows[1]`, and
+    behind the `columns[0]` columns of every row up to `columns[1]`."""
+
+    rows: tuple[int, int]
+    columns: tuple[int, int]
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class GgufTensor:
     """One tensor of a GGUF file.
@@ -30,6 +40,7 @@ class GgufTensor:
     values: float32, made by the family (rope_freqs).
     permute: axes of the source to put in this order before the shape is taken (patch embeddings); () for as it is.
     keep_f32: stored as float32 whatever the type of the file (norms, scales, the router).
+    grown: zeros that `shape` has and the source has not.
     """
 
     name: str
@@ -41,6 +52,7 @@ class GgufTensor:
     source_shape: tuple[int, ...] = ()
     permute: tuple[int, ...] = ()
     keep_f32: bool = False
+    grown: Grown | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,3 +73,25 @@ class GgufLayout:
     group: int
     tied: bool
     left_out: Mapping[str, str] = field(default_factory=dict)
+
+
+def size_label(shapes: Mapping[str, tuple[int, ...]]) -> str:
+    """`general.size_label` of a file with these tensors: `8.3M`, or for experts `32x3.4M` (experts × what one token's
+    shared part and one expert weigh)."""
+    shared, one_expert, counts = 0, 0, []
+    for name, shape in shapes.items():
+        if "_exps." in name and len(shape) >= 3:
+            counts.append(shape[0])
+            one_expert += prod(shape[1:])
+        else:
+            shared += prod(shape)
+    if not counts:
+        return _rounded(shared)
+    return f"{sum(counts) // len(counts)}x{_rounded(shared + one_expert)}"
+
+
+def _rounded(count: int) -> str:
+    scale, letter = next(((s, c) for s, c in ((1e-12, "T"), (1e-9, "B"), (1e-6, "M")) if count * s > 1), (1e-3, "K"))
+    scaled = count * scale
+    digits = len(str(round(scaled)).lstrip("0"))
+    return f"{scaled:.{max(2 - digits, 0)}f}{letter}"

@@ -20,6 +20,7 @@ from blake3 import blake3
 
 from gemcut.checkpoint import Checkpoint
 from gemcut.errors import CheckpointError, UsageError
+from gemcut.export.mix.padding import grow_margins
 from gemcut.export.mix.shapes import quantisable
 from gemcut.export.mix.stock import wants_imatrix
 from gemcut.export.source import Buffers, Piece, Source
@@ -188,6 +189,8 @@ def _margins(curvature: Curvature, tensor: GgufTensor) -> Margins:
     shape = tensor.shape
     if found is None:
         raise CheckpointError("the curvature lacks a tensor", where=tensor.source or tensor.name)
+    if tensor.grown is not None:
+        found = grow_margins(found, tensor.grown)
     if found.rows.shape != (units(tensor), shape[-2]) or found.columns.shape != (units(tensor), shape[-1]):
         got = f"{list(found.rows.shape)} and {list(found.columns.shape)}"
         raise CheckpointError("the curvature is of another model", where=tensor.name, got=got, wanted=list(shape))
