@@ -25,5 +25,6 @@ def test_the_first_layers_of_the_demo_model(tmp_path: Path) -> None:
     )  # fmt: skip
     assert report.used == (0, 1, 2)
     for one in report.layers:
-        assert one.held_out_after < 0.85 * one.held_out_before
+        assert one.held_out_uncut is not None
+        assert one.harm < 0.75 * (one.held_out_before**2 - one.held_out_uncut**2)
         assert one.held_out_after < 1.2 * one.fit_after  # no fit to noise
