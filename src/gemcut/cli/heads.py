@@ -99,7 +99,7 @@ def heal(
     text = stages.corpus_of(words, base)
     plan = records.load_plan(Path(plan_file))
     report = head_stages.heal(base, plan, text, words, Path(out), force=force, progress=talk.progress)
-    what = "o_proj's output" if plan.kind == "heads" else "the experts' sum"
+    what = "what the attention adds to the stream" if plan.kind == "heads" else "the experts' sum"
     talk.table(
         f"Residual of {what}, relative, "
         f"{report.tokens:,} tokens, "
