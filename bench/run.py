@@ -95,6 +95,7 @@ BENCHES: dict[str, tuple[list[str], Callable[[dict[str, Any]], list[Row]]]] = {
     "score": (["bench_score.py"], score_rows),
     "heads": (["bench_heads.py", "--only", "heads"], told_rows),
     "solve": (["bench_heads.py", "--only", "solve"], told_rows),
+    "mix": (["bench_gguf_mix.py"], told_rows),
     "start": (["bench_start.py"], start_rows),
     "mask": (["bench_mask.py"], mask_rows),
     "memory": (["bench_memory.py"], memory_rows),
