@@ -51,21 +51,16 @@ def is_plain(file: GgufFile) -> bool:
     return all(ref.kind in _PLAIN for ref in file.tensors.values())
 
 
-def is_gguf(ref: str) -> bool:
-    """Whether a reference names a GGUF file."""
-    return ref.lower().endswith(".gguf")
-
-
 def open_comparison(base: str, candidates: tuple[str, ...], tokenizer: str | None = None) -> Comparison:
     """Open what is compared.
 
     Raises:
         UsageError: only GGUF files, and no folder for the token ids.
     """
-    first = open_gguf(Path(base)) if is_gguf(base) else models.open_model(base)
+    first = open_gguf(Path(base)) if models.is_gguf(base) else models.open_model(base)
     named: dict[str, Compared] = {}
     for name, path in models.candidate_names(candidates).items():
-        named[name] = open_gguf(path) if is_gguf(path.name) else open_checkpoint(path, name)
+        named[name] = open_gguf(path) if models.is_gguf(path.name) else open_checkpoint(path, name)
     if tokenizer is not None:
         folder = shipped.model_path(tokenizer) or Path(tokenizer)
     else:

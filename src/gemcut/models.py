@@ -7,10 +7,18 @@ from pathlib import Path
 
 from gemcut import checkpoint, shipped
 from gemcut.checkpoint import Checkpoint, Inspection, open_checkpoint, resolve
+from gemcut.errors import UsageError
 from gemcut.families import is_drafter
+from gemcut.gguf_file import open_gguf
+from gemcut.gguf_file.compare import diff_gguf
 from gemcut.types import Manifest
 
 Progress = Callable[[int, int, str], None]
+
+
+def is_gguf(ref: str) -> bool:
+    """Whether a reference names a GGUF file."""
+    return ref.lower().endswith(".gguf")
 
 
 def open_model(ref: str) -> Checkpoint:
@@ -36,7 +44,21 @@ def inspection(ref: str) -> Inspection:
 
 
 def diff(a: str, b: str, *, progress: Progress | None = None) -> Manifest:
-    """Tensor by tensor between two checkpoints, of whatever architecture."""
+    """Tensor by tensor between two checkpoints, or two GGUF files, of whatever architecture.
+
+    Raises:
+        UsageError: one is a GGUF file and the other is none.
+    """
+    files = [is_gguf(one) for one in (a, b)]
+    if all(files):
+        return diff_gguf(open_gguf(Path(a)), open_gguf(Path(b)), progress=progress)
+    if any(files):
+        raise UsageError(
+            "a GGUF file and a folder have no tensor in common",
+            got=f"{a} and {b}",
+            wanted="two folders, or two GGUF files",
+            hint="gemcut kld compares what they say",
+        )
     return checkpoint.diff(_open_any(a), _open_any(b), progress=progress)
 
 

@@ -17,7 +17,7 @@ ROOMS = {"observe", "score", "plan", "surgery", "ablate", "canary", "export", "s
 GROUND = {"errors", "types", "store", "records", "checkpoint", "families", "ggml", "gguf_file", "machine"}
 ABOVE = {
     "recipe", "runs", "models", "stages", "head_stages", "pipeline", "head_pipeline", "shipped", "reporting",
-    "preflight", "comparing", "exporting", "imatrices", "jobs", "mixing",
+    "preflight", "comparing", "exporting", "imatrices", "jobs", "mixing", "gguf_cutting",
 }  # fmt: skip
 LICENSED = {("evaluate", "serve")}
 

@@ -92,7 +92,7 @@ def _check_record(out: Checkpoint, manifest: Manifest) -> tuple[bool, tuple[str,
     stored = load_manifest(manifest_path)
     old = {fact.name: fact for fact in stored.tensors}
     new = {fact.name: fact for fact in manifest.tensors}
-    tensors = [n for n in {**old, **new} if not _agree(old.get(n), new.get(n))]
+    tensors = [n for n in {**old, **new} if not facts_agree(old.get(n), new.get(n))]
     bad = [name for name, digest in sums.items() if actual.get(name) != digest]
     bad += [name for name, digest in stored.files.items() if actual.get(name) != digest and name not in bad]
     if tensors:
@@ -121,7 +121,7 @@ def _check_record(out: Checkpoint, manifest: Manifest) -> tuple[bool, tuple[str,
     return True, tuple(sorted(set(actual) - set(sums)))
 
 
-def _agree(old: TensorFact | None, new: TensorFact | None) -> bool:
+def facts_agree(old: TensorFact | None, new: TensorFact | None) -> bool:
     """Same facts. Two edits that explain the same bytes (equal experts) agree; rounding of a norm does too."""
     if old is None or new is None:
         return False

@@ -19,7 +19,7 @@ import yaml
 from gemcut.errors import CheckpointError
 from gemcut.export.model_name import NameParts, name_parts, title
 from gemcut.export.tokenizer import read_bytes, read_object, tokenizer_metadata
-from gemcut.families.gguf import GgufLayout, ScalarKind, Value
+from gemcut.families.gguf import GgufLayout, ScalarKind, Value, size_label
 from gemcut.types import Json
 
 logger = logging.getLogger(__name__)
@@ -98,26 +98,9 @@ def file_metadata(
 
 
 def parameter_label(layout: GgufLayout) -> tuple[int, str]:
-    """Parameters of all tensors, and how the file says so: `8.3M`, or for experts `32x3.4M` (experts × what one token
-    and one expert weigh)."""
-    shared, one_expert, counts = 0, 0, []
-    total = sum(prod(tensor.shape) for tensor in layout.tensors)
-    for tensor in layout.tensors:
-        if "_exps." in tensor.name and len(tensor.shape) >= 3:
-            counts.append(tensor.shape[0])
-            one_expert += prod(tensor.shape[1:])
-        else:
-            shared += prod(tensor.shape)
-    if not counts:
-        return total, _rounded(total)
-    return total, f"{sum(counts) // len(counts)}x{_rounded(shared + one_expert)}"
-
-
-def _rounded(count: int) -> str:
-    scale, letter = next(((s, c) for s, c in ((1e-12, "T"), (1e-9, "B"), (1e-6, "M")) if count * s > 1), (1e-3, "K"))
-    scaled = count * scale
-    digits = len(str(round(scaled)).lstrip("0"))
-    return f"{scaled:.{max(2 - digits, 0)}f}{letter}"
+    """Parameters of all tensors, and how the file says so; see `size_label`."""
+    shapes = {tensor.name: tensor.shape for tensor in layout.tensors}
+    return sum(prod(shape) for shape in shapes.values()), size_label(shapes)
 
 
 def _sampling(folder: Path) -> dict[str, Value]:
@@ -131,7 +114,7 @@ def _sampling(folder: Path) -> dict[str, Value]:
         value = next((said[n] for n in names if said.get(n) is not None), None)
         if kind == "str" and isinstance(value, str) and value:
             out[f"general.sampling.{key}"] = Value(kind, value)
-        elif kind != "str" and isinstance(value, (int, float)) and not isinstance(value, bool):
+        elif kind != "str" and isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1 << 31:
             out[f"general.sampling.{key}"] = Value(kind, int(value) if kind == "i32" else float(value))
     return out
 

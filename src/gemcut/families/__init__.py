@@ -7,7 +7,8 @@ from collections.abc import Mapping
 
 from gemcut.errors import UsageError
 from gemcut.families.base import Family
-from gemcut.families.gguf import GgufLayout
+from gemcut.families.gguf import GgufLayout, Value
+from gemcut.families.gguf_cut import GgufCuts
 from gemcut.types import Json
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "Family",
     "family_names",
     "family_of",
+    "gguf_cuts",
     "gguf_layout",
     "gguf_vision_layout",
     "is_drafter",
@@ -29,6 +31,9 @@ ARCHITECTURES: Mapping[str, str] = {
 
 # the same for drafters, which nothing cuts: module of this package with `drafter(config, shapes)`
 DRAFTERS: Mapping[str, str] = {"Gemma4AssistantForCausalLM": "gemma4_assistant_gguf"}
+
+# `general.architecture` of a GGUF file that can be cut → module of this package with `cuts(metadata, shapes)`
+GGUF_ARCHITECTURES: Mapping[str, str] = {"gemma4": "gemma4_gguf_cut"}
 
 
 def family_names() -> tuple[str, ...]:
@@ -87,3 +92,24 @@ def gguf_vision_layout(
 ) -> GgufLayout:
     """What the mmproj file of a checkpoint holds. Raises as `gguf_layout` does, and where there is no vision tower."""
     return family_of(config).gguf_vision(config, shapes, preprocessor)
+
+
+def gguf_cuts(metadata: Mapping[str, Value], shapes: Mapping[str, tuple[int, ...]]) -> GgufCuts:
+    """What of an existing GGUF file can be cut; `shapes` of its tensors, rows first.
+
+    Raises:
+        UsageError: nobody knows how to cut this architecture.
+        CheckpointError: metadata and shapes disagree.
+    """
+    found = metadata.get("general.architecture")
+    module = GGUF_ARCHITECTURES.get(str(found.value)) if found is not None else None
+    if module is None:
+        raise UsageError(
+            "no family knows how to cut this GGUF file",
+            where="general.architecture",
+            got="nothing" if found is None else repr(found.value)[:80],
+            wanted=" or ".join(GGUF_ARCHITECTURES),
+        )
+    cuts = importlib.import_module(f"gemcut.families.{module}").cuts(metadata, shapes)
+    assert isinstance(cuts, GgufCuts)
+    return cuts

@@ -8,6 +8,7 @@ from pathlib import Path
 from gemcut.checkpoint.edited import EditedCheckpoint, edited_checkpoint
 from gemcut.checkpoint.read import Checkpoint
 from gemcut.errors import CheckpointError, UsageError
+from gemcut.families.base import Attention
 from gemcut.families.heads import kept_kv_heads, mode_of
 from gemcut.surgery.heal.edits import heal_edits
 from gemcut.types import Edit, Edits, Json, LayerPlan, Mask, Plan, Site, Take
@@ -35,12 +36,12 @@ def edits_for(plan: Plan, base: Checkpoint, healed: Path | None = None, *, gguf:
     for layer, one in sorted(plan.layers.items()):
         if plan.kind == "experts":
             for part in sites[layer].slices:
-                edits[part.name] = Take(part.axis, _positions(one.keep, part.block))
+                edits[part.name] = Take(part.axis, positions(one.keep, part.block))
         elif mode_of(plan) == "structural":
             edits |= _without_heads(base, layer, one)
         elif one.drop:
             for part in sites[layer].slices:
-                edits[part.name] = Mask(part.axis, _positions(sorted(one.drop), part.block))
+                edits[part.name] = Mask(part.axis, positions(sorted(one.drop), part.block))
     # a plan may have been reduced to some of the layers that were healed
     return edits if healed is None else heal_edits(healed, edits, layers=plan.layers.keys())
 
@@ -62,30 +63,42 @@ def cut_for_gguf(base: Checkpoint, plan: Plan, healed: Path | None = None) -> Ed
     return edited_checkpoint(base, edits, config_for(plan, base) if plan.kind == "experts" else base.config)
 
 
-def _without_heads(base: Checkpoint, layer: int, one: LayerPlan) -> dict[str, Edit]:
+def _without_heads(base: Checkpoint, layer: int, one: LayerPlan) -> dict[str, Take]:
     shape = base.family.attention(base.text_config, base.tensors, layer)
-    if shape.shares_kv:
+    return without_heads(shape, {name: ref.shape for name, ref in base.tensors.items()}, layer, one)
+
+
+def without_heads(
+    attention: Attention, shapes: Mapping[str, tuple[int, ...]], layer: int, one: LayerPlan
+) -> dict[str, Take]:
+    """Query heads of one layer out of its tensors, and the KV heads that nothing reads any more.
+
+    Raises:
+        UsageError: the layer has no keys of its own, or heads would read another KV head.
+        CheckpointError: the number of KV heads and the shapes disagree.
+    """
+    if attention.shares_kv:
         raise UsageError(
             "a layer that reads the keys and values of another cannot lose heads, only have them masked",
             where=f"layer {layer}",
             hint="plan with mode mask",
         )
-    width = shape.head_dim
-    kv = kept_kv_heads(shape.group, one.keep, where=f"layer {layer} of the plan")
-    edits: dict[str, Edit] = {shape.q: Take(0, _positions(one.keep, width))}
-    for name in (shape.k, shape.v):
+    width = attention.head_dim
+    kv = kept_kv_heads(attention.group, one.keep, where=f"layer {layer} of the plan")
+    edits: dict[str, Take] = {attention.q: Take(0, positions(one.keep, width))}
+    for name in (attention.k, attention.v):
         if name is None:
             continue
-        rows = base.ref(name).shape[0] if base.ref(name).shape else 0
-        if rows != shape.kv_heads * width:
+        rows = (shapes.get(name) or (0,))[0]
+        if rows != attention.kv_heads * width:
             raise CheckpointError(
                 "config.json and the weights disagree about the number of KV heads",
                 where=name,
                 got=f"{rows} rows",
-                wanted=f"{shape.kv_heads * width}: {shape.kv_heads} heads of {width}",
+                wanted=f"{attention.kv_heads * width}: {attention.kv_heads} heads of {width}",
             )
-        edits[name] = Take(0, _positions(kv, width))
-    edits[shape.o] = Take(1, _positions(one.keep, width))
+        edits[name] = Take(0, positions(kv, width))
+    edits[attention.o] = Take(1, positions(one.keep, width))
     return edits
 
 
@@ -111,32 +124,43 @@ def check_plan(plan: Plan, base: Checkpoint, *, gguf: bool = False) -> Mapping[i
             hint="plan again from statistics of this checkpoint",
         )
     sites = {site.layer: site for site in base.sites if site.kind == plan.kind}
-    if not sites:
-        raise UsageError(f"this checkpoint has no {plan.kind} to cut", where=base.name)
-    strange = sorted(plan.layers.keys() - sites.keys())
-    structural = plan.kind == "heads" and mode_of(plan) == "structural"
-    absent = sorted(sites.keys() - plan.layers.keys()) if plan.kind == "experts" else []
+    top_k = base.family.top_k(base.text_config) if plan.kind == "experts" else 0
+    check_units(plan, {layer: site.units for layer, site in sites.items()}, top_k, where=base.name)
+    if plan.kind == "heads" and mode_of(plan) == "structural" and not gguf:
+        base.family.shrink(base.config, plan)
+    return {layer: sites[layer] for layer in plan.layers}
+
+
+def check_units(plan: Plan, units: Mapping[int, int], top_k: int, *, where: str) -> None:
+    """Hold a plan against the units that each layer has.
+
+    Args:
+        units: layer → units of the plan's kind.   top_k: experts of a token.   where: what the model is called.
+    Raises:
+        CheckpointError, UsageError: see `check_plan`.
+    """
+    if not units:
+        raise UsageError(f"this checkpoint has no {plan.kind} to cut", where=where)
+    strange = sorted(plan.layers.keys() - units.keys())
+    absent = sorted(units.keys() - plan.layers.keys()) if plan.kind == "experts" else []
     if strange or absent or not plan.layers:
         raise CheckpointError(
             f"the plan and the checkpoint disagree about the layers that have {plan.kind}",
-            where=base.name,
+            where=where,
             got=f"a plan for {len(plan.layers)} layers",
-            wanted=f"{len(sites)} layers; see layer {(strange or absent or [0])[0]}",
+            wanted=f"{len(units)} layers; see layer {(strange or absent or [0])[0]}",
         )
     for layer, one in sorted(plan.layers.items()):
-        if plan.units != sites[layer].units:
+        if plan.units != units[layer]:
             raise CheckpointError(
                 f"the plan was made for another number of {plan.kind}",
                 where=f"layer {layer}",
                 got=plan.units,
-                wanted=sites[layer].units,
+                wanted=units[layer],
             )
         _check_layer(plan, layer, one)
     if plan.kind == "experts":
-        _check_counts(plan, base.family.top_k(base.text_config))
-    elif structural and not gguf:
-        base.family.shrink(base.config, plan)
-    return {layer: sites[layer] for layer in plan.layers}
+        _check_counts(plan, top_k)
 
 
 def _check_layer(plan: Plan, layer: int, one: LayerPlan) -> None:
@@ -183,5 +207,6 @@ def _check_counts(plan: Plan, top_k: int) -> None:
         )
 
 
-def _positions(units: Collection[int], block: int) -> tuple[int, ...]:
+def positions(units: Collection[int], block: int) -> tuple[int, ...]:
+    """Places on an axis of units that are `block` wide."""
     return tuple(unit * block + i for unit in units for i in range(block))

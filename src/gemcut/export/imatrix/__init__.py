@@ -6,6 +6,7 @@ from gemcut.export.imatrix.file import read_imatrix, write_imatrix
 from gemcut.export.imatrix.merge import merge
 from gemcut.export.imatrix.starved import PRIOR_TOKENS, Coverage, TensorCoverage, coverage, gate
 from gemcut.export.imatrix.statistics import from_statistics
+from gemcut.export.imatrix.take import take
 from gemcut.export.imatrix.variants import FORMULAS
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "merge",
     "missing_entries",
     "read_imatrix",
+    "take",
     "wants_importance",
     "write_imatrix",
 ]
