@@ -1,8 +1,11 @@
-"""Names taken apart as llama.cpp's converter does; the expected parts were read from its own function."""
+"""Names taken apart as llama.cpp's converter does, whose own function is in the gguf package."""
 
 from __future__ import annotations
 
 import pytest
+from gguf.metadata import Metadata
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from gemcut.export.model_name import name_parts, title
 
@@ -39,6 +42,27 @@ from gemcut.export.model_name import name_parts, title
 def test_parts(model_id: str, parameters: int, parts: tuple[str | None, ...]) -> None:
     found = name_parts(model_id, parameters)
     assert (found.name, found.organization, found.basename, found.finetune, found.version, found.size_label) == parts
+
+
+WORDS = (
+    "gemma", "4", "v2", "26B", "A4B", "it", "instruct", "31b", "Q4_K", "bf16", "2.0", "small", "mini", "109e", "E2B",
+    "128k", "7b1", "8x7B", "coder", "V1.5", "x", "large", "Pruned", "iter3", "3n", "0_5B", "1M", "",
+)  # fmt: skip
+
+
+@settings(max_examples=500)
+@given(
+    words=st.lists(st.sampled_from(WORDS), min_size=1, max_size=6),
+    start=st.sampled_from(("", "org/", "./", "a/b/")),
+    parameters=st.sampled_from((0, 1000, 8_000_000, 25_000_000_000)),
+)
+def test_any_name_as_the_converter_does(words: list[str], start: str, parameters: int) -> None:
+    model_id = start + "-".join(words)
+    theirs = Metadata.get_model_id_components(model_id, parameters)
+    found = name_parts(model_id, parameters)
+    ours = (found.name, found.organization, found.basename, found.finetune, found.version, found.size_label)
+    assert ours == tuple(part or None for part in theirs)
+    assert title(model_id) == Metadata.id_to_title(model_id)
 
 
 def test_titles() -> None:
