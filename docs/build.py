@@ -31,13 +31,17 @@ EXAMPLES = {
     "ablate": "gemcut ablate demo:dense --corpus demo:calibration --method taylor --max-tokens 8000 -o importance",
     "heal": "gemcut heal demo:dense --plan plan.json --corpus demo:calibration -o healed",
     "cut": "gemcut cut demo:moe --plan plan.json -o small\n"
-    "gemcut cut demo:dense --plan plan.json --heal healed -o small",
-    "verify": "gemcut verify small --base demo:moe --plan plan.json",
-    "diff": "gemcut diff demo:moe small\ngemcut diff plan-a.json plan-b.json",
+    "gemcut cut demo:dense --plan plan.json --heal healed -o small\n"
+    "gemcut cut gguf/demo-moe-Q4_K_M.gguf --plan plan.json -o small-Q4_K_M.gguf",
+    "verify": "gemcut verify small --base demo:moe --plan plan.json\n"
+    "gemcut verify small-Q4_K_M.gguf --base gguf/demo-moe-Q4_K_M.gguf --plan plan.json",
+    "diff": "gemcut diff demo:moe small\ngemcut diff gguf/demo-moe-Q4_K_M.gguf small-Q4_K_M.gguf\n"
+    "gemcut diff plan-a.json plan-b.json",
     "imatrix": "gemcut imatrix stats -o imatrix.gguf\n"
     "gemcut imatrix demo:moe --corpus demo:calibration -o imatrix.gguf\n"
     "gemcut imatrix stats --variant auto --for IQ2_M -o imatrix.gguf\n"
-    "gemcut imatrix imatrix.gguf --merge other.gguf -o both.gguf",
+    "gemcut imatrix imatrix.gguf --merge other.gguf -o both.gguf\n"
+    "gemcut imatrix imatrix.gguf --model demo:moe --plan plan.json -o cut-imatrix.gguf",
     "curvature": "gemcut curvature demo:moe --corpus demo:calibration --max-tokens 12000 -o curvature",
     "gguf": "gemcut gguf demo:moe -t Q4_K_M -t Q8_0 -o gguf\n"
     "gemcut gguf demo:moe -t IQ3_M --tensor-type attn_k=q6_k --dry-run -o gguf\n"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast, get_args
 
-from gemcut import machine, models, preflight, recipe, stages, store
+from gemcut import machine, models, preflight, recipe, stages, store, surgery
 from gemcut.checkpoint import Checkpoint
 from gemcut.errors import UsageError
 from gemcut.export.imatrix import (
@@ -23,12 +23,14 @@ from gemcut.export.imatrix import (
     from_statistics,
     merge,
     read_imatrix,
+    take,
     write_imatrix,
 )
 from gemcut.export.layout import layout_of
 from gemcut.export.mix.stock import stock_types
 from gemcut.families.gguf import GgufLayout
 from gemcut.recipe import Observe
+from gemcut.records import load_plan
 from gemcut.records.fields import to_json
 from gemcut.records.statistics import STATISTICS_FILE, load_statistics_index
 from gemcut.types import Json
@@ -162,16 +164,27 @@ def from_observation(
     return _merged(made, words), layout, choices
 
 
-def from_files(first: Path, words: ImatrixWords, model: str | None) -> tuple[Imatrix, GgufLayout | None]:
-    """An importance matrix that exists, merged with others; held against a model where one is named.
+def from_files(
+    first: Path, words: ImatrixWords, model: str | None, plan_file: Path | None = None
+) -> tuple[Imatrix, GgufLayout | None]:
+    """An importance matrix that exists, merged with others; held against a model where one is named, and cut like it
+    where there is a plan.
 
     Raises:
-        UsageError: nothing to do, no such file, or importances that do not add up.
-        CheckpointError: a damaged file, or files of different models.
+        UsageError: nothing to do, no such file, importances that do not add up, or a plan without its model.
+        CheckpointError: a damaged file, files of different models, or a plan of another one.
     """
-    layout = None if model is None else layout_of(models.open_model(model))
+    if plan_file is not None and model is None:
+        raise UsageError("the plan's model is not named", got="--plan", wanted="--plan PLAN --model MODEL")
     made = _merged(read_imatrix(first), words)
-    return (made if layout is None else fit(made, layout)), layout
+    if model is None:
+        return made, None
+    base = models.open_model(model)
+    layout = layout_of(base)
+    if plan_file is None:
+        return fit(made, layout), layout
+    cut = surgery.cut_for_gguf(base, load_plan(plan_file))
+    return take(made, layout, cut.edits), layout_of(cut)
 
 
 def _merged(made: Imatrix, words: ImatrixWords) -> Imatrix:

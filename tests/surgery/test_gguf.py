@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import itertools
+import resource
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from gguf import GGUFReader
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from gemcut.checkpoint import open_checkpoint
 from gemcut.checkpoint.read import Checkpoint
+from gemcut.errors import CheckpointError, MissingError, UsageError
 from gemcut.export.imatrix import Entry, Imatrix, wants_importance, write_imatrix
 from gemcut.export.layout import layout_of
 from gemcut.exporting import GgufWords, after_plan, plan_export, write_export
-from gemcut.families.gguf import GgufLayout
+from gemcut.families.gguf import GgufLayout, Value
+from gemcut.ggml.model import Model
 from gemcut.ggml.types import GgmlType
-from gemcut.gguf_file import GgufFile, open_gguf
+from gemcut.gguf_cutting import verify
+from gemcut.gguf_file import GgufFile, gguf_writer, lay_out, open_gguf
 from gemcut.records import load_manifest, save_plan
 from gemcut.surgery import plan_gguf_cut, write_gguf_cut
 from gemcut.types import LayerPlan, Plan
@@ -24,6 +32,7 @@ from tiny import make_tiny
 
 TYPES = ("Q8_0", "Q4_0", "Q4_K_M", "IQ3_M", "IQ2_XXS", "IQ1_M")
 PLAIN = ("BF16", "Q5_1", "Q3_K_S")
+HEADS = {0: (0, 1), 1: (0, 2, 3)}  # other numbers in every layer, and a KV head less in the first
 UNITS = 10  # eight, or fewer than four, and stock mixes would choose other types for the cut
 KEEP = {0: (0, 3, 4, 6, 9), 1: (1, 2, 5, 7, 8)}
 LAYERS = ["sliding_attention", "full_attention"]
@@ -121,3 +130,195 @@ def test_cut_then_export_is_export_then_cut(
     assert changed == {f"blk.{layer}.{tail}" for layer in KEEP for tail in tails}
     assert {f.found for f in manifest.tensors} == {"take", "same"}
     assert load_manifest(tmp_path / "cut.gguf.manifest.json") == manifest
+
+
+def said(path: Path) -> np.ndarray:
+    with Model(path, threads=1, context=256, trial=False) as model:
+        return model.logits(list(range(2, 60)))
+
+
+@pytest.mark.parametrize("name", ["Q8_0", "IQ3_M"])
+def test_the_library_says_the_same_with_both(
+    tmp_path: Path, moe: Checkpoint, exported: Path, cut_first: Path, name: str
+) -> None:
+    cut = plan_gguf_cut(open_gguf(exported / f"moe-{name}.gguf"), expert_plan(moe), "cut.gguf")
+    write_gguf_cut(cut, tmp_path / "cut.gguf")
+    assert np.array_equal(said(tmp_path / "cut.gguf"), said(cut_first / f"moe-cut-{name}.gguf"))
+    assert not np.array_equal(said(tmp_path / "cut.gguf"), said(exported / f"moe-{name}.gguf"))
+
+
+@pytest.fixture(scope="module")
+def heads(tmp_path_factory: pytest.TempPathFactory, dense: Checkpoint) -> Path:
+    """The dense model before and after a structural cut of heads."""
+    folder = tmp_path_factory.mktemp("heads")
+    write_imatrix(folder / "imatrix.gguf", importances(layout_of(dense)))
+    save_plan(head_plan(dense, HEADS, 4), folder / "plan.json")
+    for model in (dense, after_plan(dense, folder / "plan.json")):
+        export(model, folder, TYPES, folder / "imatrix.gguf")
+        export(model, folder, PLAIN, None)
+    return folder
+
+
+@pytest.mark.parametrize("name", [*TYPES, *PLAIN])
+def test_heads_leave_blocks_as_they_are(tmp_path: Path, dense: Checkpoint, heads: Path, name: str) -> None:
+    before, plan = open_gguf(heads / f"dense-{name}.gguf"), head_plan(dense, HEADS, 4)
+    if name == "Q4_0":  # with importances
+        with pytest.raises(UsageError, match="cannot be cut without quantising anew"):
+            plan_gguf_cut(before, plan, "cut.gguf")
+        return
+    manifest = write_gguf_cut(plan_gguf_cut(before, plan, "cut.gguf"), tmp_path / "cut.gguf")
+    after, wanted = open_gguf(tmp_path / "cut.gguf"), open_gguf(heads / f"dense-cut-{name}.gguf")
+    assert payloads(after) == payloads(wanted)
+    for key in ("head_count", "head_count_kv"):
+        assert after.metadata[f"gemma4.attention.{key}"] == wanted.metadata[f"gemma4.attention.{key}"]
+    assert after.value("gemma4.attention.head_count") == (2, 3)
+    columns = next(fact for fact in manifest.tensors if fact.name == "blk.1.attn_output.weight")
+    assert (columns.axis, columns.index) == (1, (*range(512), *range(1024, 2048)))
+    assert np.array_equal(said(tmp_path / "cut.gguf"), said(heads / f"dense-cut-{name}.gguf"))
+
+
+def test_why_old_types_with_importances_are_refused(heads: Path) -> None:
+    """The kept blocks of the output do differ: the refusal is not out of caution."""
+    before = open_gguf(heads / "dense-Q4_0.gguf").read("blk.0.attn_output.weight").reshape(256, 1024 // 32, 18)
+    after = open_gguf(heads / "dense-cut-Q4_0.gguf").read("blk.0.attn_output.weight").reshape(256, 512 // 32, 18)
+    assert not np.array_equal(before[:, : 512 // 32], after)
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_experts_may_stay(tmp_path: Path, moe: Checkpoint, exported: Path, data: st.DataObject) -> None:
+    count = data.draw(st.integers(2, UNITS))
+    keep = {layer: tuple(sorted(data.draw(st.permutations(range(UNITS)))[:count])) for layer in range(len(LAYERS))}
+    before, plan = open_gguf(exported / "moe-IQ2_XXS.gguf"), expert_plan(moe, keep)
+    out = tmp_path / "cut.gguf"
+    write_gguf_cut(plan_gguf_cut(before, plan, out.name), out, force=True)
+    after = open_gguf(out)
+    for layer, name in itertools.product(keep, ("gate_up_exps.weight", "down_exps.weight", "gate_inp.weight")):
+        old, new = (file.read(f"blk.{layer}.ffn_{name}") for file in (before, after))
+        assert np.array_equal(new.reshape(count, -1), old.reshape(UNITS, -1)[list(keep[layer])])
+    save_plan(plan, tmp_path / "plan.json", force=True)
+    found = verify(out, before.path, tmp_path / "plan.json")
+    assert found.plan_checked
+    assert found.record_checked
+
+
+def test_a_split_file_is_joined(tmp_path: Path, moe: Checkpoint) -> None:
+    export(moe, tmp_path, ("Q8_0",), None, max_shard_bytes=400_000)
+    export(moe, tmp_path / "whole", ("Q8_0",), None)
+    whole = open_gguf(tmp_path / "whole" / "moe-Q8_0.gguf")
+    split = open_gguf(next(tmp_path.glob("*-00002-of-*.gguf")))
+    assert len(split.parts) > 2
+    for name, file in (("a.gguf", whole), ("b.gguf", split)):
+        write_gguf_cut(plan_gguf_cut(file, expert_plan(moe), name), tmp_path / name)
+    assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
+
+
+# ---------------------------------------------------------------- what is refused
+
+
+def rewritten(file: GgufFile, path: Path, metadata: dict[str, Value]) -> GgufFile:
+    layout = lay_out(metadata, [(ref.name, ref.kind, ref.shape) for ref in file.tensors.values()], name=path.name)
+    with gguf_writer(path, layout) as writer:
+        for name in layout.tensors:
+            writer.write(name, 0, file.read(name).data)
+    return open_gguf(path)
+
+
+def test_the_plan_must_be_of_the_files_parent(tmp_path: Path, moe: Checkpoint, exported: Path) -> None:
+    file, plan = open_gguf(exported / "moe-Q8_0.gguf"), expert_plan(moe)
+    for any_parent in (False, True):  # what the file says is never overruled
+        with pytest.raises(CheckpointError, match="another checkpoint than this file"):
+            plan_gguf_cut(file, replace(plan, model_fingerprint="0" * 64), "x.gguf", any_parent=any_parent)
+    foreign = rewritten(
+        file, tmp_path / "f.gguf", {k: v for k, v in file.metadata.items() if not k.startswith("gemcut.")}
+    )
+    with pytest.raises(CheckpointError, match="does not say which checkpoint"):
+        plan_gguf_cut(foreign, plan, "x.gguf")
+    write_gguf_cut(plan_gguf_cut(foreign, plan, "x.gguf", any_parent=True), tmp_path / "x.gguf")
+    write_gguf_cut(plan_gguf_cut(file, plan, "y.gguf"), tmp_path / "y.gguf")
+    x, y = open_gguf(tmp_path / "x.gguf"), open_gguf(tmp_path / "y.gguf")
+    assert payloads(x) == payloads(y)
+    for any_parent, error in ((False, "does not say"), (True, "another number of experts")):  # cut twice
+        with pytest.raises(CheckpointError, match=error):
+            plan_gguf_cut(y, plan, "x.gguf", any_parent=any_parent)
+
+
+@pytest.mark.parametrize(
+    ("keep", "error"),
+    [
+        ({0: (0, 1, 12), 1: (0, 1, 2)}, "does not exist"),
+        ({0: (0,), 1: (0,)}, "fewer experts than the router selects"),
+        ({0: (0, 1), 1: (0, 1, 2)}, "different numbers of experts"),
+        ({0: (0, 1)}, "disagree about the layers"),
+    ],
+)
+def test_plans_that_mean_nothing(moe: Checkpoint, exported: Path, keep: dict[int, tuple[int, ...]], error: str) -> None:
+    with pytest.raises((UsageError, CheckpointError), match=error):
+        plan_gguf_cut(open_gguf(exported / "moe-Q8_0.gguf"), expert_plan(moe, keep), "x.gguf")
+
+
+def test_files_that_cannot_be_cut(tmp_path: Path, moe: Checkpoint, dense: Checkpoint, exported: Path) -> None:
+    export(dense, tmp_path, ("Q8_0",), None)
+    file = open_gguf(tmp_path / "dense-Q8_0.gguf")
+    with pytest.raises(UsageError, match="no experts to cut"):
+        plan_gguf_cut(file, replace(expert_plan(moe), model_fingerprint=dense.fingerprint), "x.gguf")
+    with pytest.raises(UsageError, match="not be masked"):
+        plan_gguf_cut(file, head_plan(dense, HEADS, 4, "mask"), "x.gguf")
+    with pytest.raises(UsageError, match="another KV head"):
+        plan_gguf_cut(file, head_plan(dense, {0: (0, 1, 2)}, 4), "x.gguf")
+    narrow = open_gguf(exported / "moe-Q4_K_M.gguf")  # heads of 64 columns in blocks of 256
+    with pytest.raises(UsageError, match="quantising anew"):
+        plan_gguf_cut(narrow, head_plan(moe, {0: (0, 3)}, 4), "x.gguf")
+    whole = open_gguf(exported / "moe-Q8_0.gguf")
+    changes: dict[str, Value] = {
+        "general.architecture": Value("str", "llama"),
+        "gemma4.expert_count": Value("u32", 9),
+    }
+    for (key, value), error in zip(changes.items(), ("no family knows", "tensor disagree"), strict=True):
+        strange = rewritten(whole, tmp_path / "strange.gguf", {**whole.metadata, key: value})
+        with pytest.raises((UsageError, CheckpointError), match=error):
+            plan_gguf_cut(strange, expert_plan(moe), "x.gguf")
+
+
+def test_outputs_that_cannot_be(tmp_path: Path, moe: Checkpoint, exported: Path) -> None:
+    source = tmp_path / "moe.gguf"
+    source.write_bytes((exported / "moe-Q8_0.gguf").read_bytes())
+    cut = plan_gguf_cut(open_gguf(source), expert_plan(moe), "cut.gguf")
+    out = tmp_path / "cut.gguf"
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))
+    try:
+        with pytest.raises(MissingError, match="disk is full"):
+            write_gguf_cut(cut, out)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [path.name for path in tmp_path.iterdir()] == ["moe.gguf"]
+    for force, error in ((False, "exists already"), (True, "the file that is cut")):
+        with pytest.raises(UsageError, match=error):
+            write_gguf_cut(cut, source, force=force)
+    os_size = source.stat().st_size
+    with open(source, "r+b") as f:  # after its header was read
+        f.truncate(os_size - 100_000)
+    with pytest.raises(CheckpointError, match="ended before"):
+        write_gguf_cut(cut, out)
+    assert [path.name for path in tmp_path.iterdir()] == ["moe.gguf"]
+    with pytest.raises(CheckpointError):
+        open_gguf(source)
+
+
+def test_a_changed_byte_is_found(tmp_path: Path, moe: Checkpoint, exported: Path) -> None:
+    source, out = exported / "moe-Q4_K_M.gguf", tmp_path / "cut.gguf"
+    plan = expert_plan(moe)
+    write_gguf_cut(plan_gguf_cut(open_gguf(source), plan, out.name), out)
+    save_plan(plan, tmp_path / "plan.json")
+    assert verify(out, source, None).record_checked
+    ref = open_gguf(out).ref("blk.1.ffn_down_exps.weight")
+    with open(out, "r+b") as f:
+        f.seek(ref.start + 1000)
+        byte = f.read(1)[0]
+        f.seek(ref.start + 1000)
+        f.write(bytes([byte ^ 1]))
+    for plan_file in (tmp_path / "plan.json", None):
+        with pytest.raises(CheckpointError) as error:
+            verify(out, source, plan_file)
+        assert "blk.1.ffn_down_exps.weight" in str(error.value)

@@ -24,6 +24,7 @@ _LISTED = 12  # tensors with starved experts that the table shows
 @click.option("--for", "target", metavar="TYPE", help="auto: the file type that it is for, as IQ2_M.")
 @click.option("--merge", multiple=True, type=click.Path(), help="Add this importance matrix, too; many times.")
 @click.option("--model", help="The model behind SOURCE; by default the name that the statistics give.")
+@click.option("--plan", "plan_file", type=click.Path(), help="Take what this plan keeps; SOURCE is of its --model.")
 @click.option(
     "--prior", type=click.IntRange(min=0), default=64, show_default=True, help="Rows lent to a starved expert."
 )
@@ -41,6 +42,7 @@ def imatrix(
     target: str | None,
     merge: tuple[str, ...],
     model: str | None,
+    plan_file: str | None,
     prior: int,
     max_tokens: int | None,
     device: str,
@@ -52,7 +54,8 @@ def imatrix(
     """Importance matrix that llama.cpp reads; from statistics without a second pass.
 
     SOURCE is a statistics folder, a model (observed first, into OUT.statistics, which stays), or an importance matrix
-    to merge others into. Exit code 5, with the file written, when the text starves too many experts of a layer.
+    to merge others into, or to cut like its model. Exit code 5, with the file written, when the text starves too many
+    experts of a layer.
     """
     from gemcut import imatrices, store
     from gemcut.cli.sizes import show_preflight
@@ -65,7 +68,7 @@ def imatrix(
     if path.is_file():
         if variant != "plain" or corpus:
             raise UsageError("sums of squares are all that this file has", got="--variant or --corpus", wanted="STATS")
-        made, layout = imatrices.from_files(path, words, model)
+        made, layout = imatrices.from_files(path, words, model, Path(plan_file) if plan_file else None)
         if dry_run:
             talk.result(
                 {"entries": len(made.entries)}, path=out, text=f"{out}: {len(made.entries)} tensors, not written"
@@ -73,6 +76,8 @@ def imatrix(
             return
         report = imatrices.save(made, layout, (), words, target_file, force=force)
     else:
+        if plan_file:
+            raise UsageError("a plan cuts an importance matrix that exists", got=source, wanted="its file")
         said = {"corpus": corpus, "max_tokens": max_tokens, "device": device}
         asked = imatrices.source_of(source, model, said if corpus else None, sets, target_file)
         if dry_run:

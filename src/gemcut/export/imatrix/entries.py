@@ -115,7 +115,7 @@ def fit(imatrix: Imatrix, layout: GgufLayout) -> Imatrix:
                 where=name,
                 got=f"{entry.sums.size} sums, {len(entry.counts)} counts",
                 wanted=f"{units} × {columns}",
-                hint="after a cut, make it anew from the statistics of the cut model, or take the kept experts",
+                hint="after a cut, take the kept experts: gemcut imatrix FILE --model BASE --plan PLAN -o CUT_FILE",
             )
         counts = entry.counts if len(entry.counts) == units else np.repeat(entry.counts, units)
         entries[name] = Entry(entry.sums.reshape(units, columns), counts)

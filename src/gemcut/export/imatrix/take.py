@@ -15,9 +15,9 @@ from gemcut.types import Edit, Replace, Take
 def take(imatrix: Imatrix, layout: GgufLayout, edits: Mapping[str, Edit]) -> Imatrix:
     """The importances of a model after these edits, from those of the model before them.
 
-    A fused tensor [E, rows, columns] loses the sums and counts of its dropped experts, a tensor that loses columns their
-    sums. Nothing else changes: what the kept ones saw stays as it was counted, so every kept row is quantised as it
-    was before.
+    A fused tensor [E, rows, columns] loses the sums and counts of its dropped experts, a tensor that loses columns
+    loses their sums. Nothing else changes: what the kept ones saw stays as it was counted, so every kept expert is
+    quantised as it was before.
 
     Args:
         layout: of the model before.   edits: by the names of the checkpoint.
