@@ -24,10 +24,13 @@ VERBS: dict[str, tuple[str, str]] = {
         "Refit what a cut of heads or experts leaves, towards the original; resumes by layer.",
     ),
     "cut": ("gemcut.cli.checkpoints:cut", "Write the smaller checkpoint, its manifest and SHA256SUMS."),
-    "verify": ("gemcut.cli.checkpoints:verify", "Hold the bytes of a cut checkpoint against its plan and manifest."),
+    "verify": (
+        "gemcut.cli.checkpoints:verify",
+        "Hold the bytes of a cut checkpoint, or of two GGUF files, against plan and manifest.",
+    ),
     "diff": (
         "gemcut.cli.checkpoints:diff",
-        "Tensor by tensor between two checkpoints, or drop by drop between two plans.",
+        "Tensor by tensor between two checkpoints or two GGUF files, or drop by drop between two plans.",
     ),
     "imatrix": (
         "gemcut.cli.imatrix:imatrix",
