@@ -224,7 +224,7 @@ def rewritten(file: GgufFile, path: Path, metadata: dict[str, Value]) -> GgufFil
     return open_gguf(path)
 
 
-def test_the_plan_must_be_of_the_files_parent(tmp_path: Path, moe: Checkpoint, exported: Path) -> None:
+def test_the_plan_must_be_of_the_files_parent(tmp_path: Path, moe: Checkpoint, exported: Path, cut_first: Path) -> None:
     file, plan = open_gguf(exported / "moe-Q8_0.gguf"), expert_plan(moe)
     for any_parent in (False, True):  # what the file says is never overruled
         with pytest.raises(CheckpointError, match="another checkpoint than this file"):
@@ -238,9 +238,12 @@ def test_the_plan_must_be_of_the_files_parent(tmp_path: Path, moe: Checkpoint, e
     write_gguf_cut(plan_gguf_cut(file, plan, "y.gguf"), tmp_path / "y.gguf")
     x, y = open_gguf(tmp_path / "x.gguf"), open_gguf(tmp_path / "y.gguf")
     assert payloads(x) == payloads(y)
-    for any_parent, error in ((False, "does not say"), (True, "another number of experts")):  # cut twice
+    on_the_way = open_gguf(cut_first / "moe-cut-Q8_0.gguf")
+    for cut, (any_parent, error) in itertools.product(
+        (y, on_the_way), ((False, "does not say"), (True, "another number of experts"))
+    ):
         with pytest.raises(CheckpointError, match=error):
-            plan_gguf_cut(y, plan, "x.gguf", any_parent=any_parent)
+            plan_gguf_cut(cut, plan, "x.gguf", any_parent=any_parent)
 
 
 @pytest.mark.parametrize(
@@ -296,9 +299,8 @@ def test_outputs_that_cannot_be(tmp_path: Path, moe: Checkpoint, exported: Path)
     for force, error in ((False, "exists already"), (True, "the file that is cut")):
         with pytest.raises(UsageError, match=error):
             write_gguf_cut(cut, source, force=force)
-    os_size = source.stat().st_size
     with open(source, "r+b") as f:  # after its header was read
-        f.truncate(os_size - 100_000)
+        f.truncate(source.stat().st_size - 100_000)
     with pytest.raises(CheckpointError, match="ended before"):
         write_gguf_cut(cut, out)
     assert [path.name for path in tmp_path.iterdir()] == ["moe.gguf"]

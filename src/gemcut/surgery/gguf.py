@@ -104,11 +104,13 @@ def _shape(shape: tuple[int, ...], take: Take | None) -> tuple[int, ...]:
 
 
 def _check_parent(file: GgufFile, plan: Plan, any_parent: bool) -> None:
-    """The file says which checkpoint it holds, unless another program wrote it or it was cut before."""
-    said = file.value(f"{CUT}fingerprint") or file.value(PARENT)
-    if f"{CUT}plan" in file.metadata or not isinstance(said, str):
-        said = ""
-    if said and said != plan.model_fingerprint:
+    """The file says which checkpoint it holds, unless another program wrote it or it was cut: a cut folder has a
+    fingerprint that no GGUF file can know."""
+    cut = sorted(key for key in file.metadata if key.startswith(CUT))
+    said = file.value(f"{CUT}fingerprint" if cut else PARENT)
+    if said == plan.model_fingerprint and cut in ([], [f"{CUT}fingerprint"]):
+        return
+    if isinstance(said, str) and not cut:
         raise CheckpointError(
             "the plan was made for another checkpoint than this file",
             where=file.path.name,
@@ -116,11 +118,11 @@ def _check_parent(file: GgufFile, plan: Plan, any_parent: bool) -> None:
             wanted=plan.model_fingerprint[:12],
             hint="plan again from statistics of the checkpoint that the file was exported from",
         )
-    if not said and not any_parent:
+    if not any_parent:
         raise CheckpointError(
             "this file does not say which checkpoint it holds, so the plan may be another model's",
             where=file.path.name,
-            got="a file that was cut before" if f"{CUT}plan" in file.metadata else f"no {PARENT}",
+            got="a file that was cut before" if cut else f"no {PARENT}",
             wanted=f"fingerprint {plan.model_fingerprint[:12]}",
             hint="pass --any-parent where you know that it was made from the plan's model",
         )
