@@ -73,15 +73,16 @@ class DownRows:
 
     def add(self, k: int, seen: Inner, y: torch.Tensor) -> None:
         """Batch k, padding included: pairs of the cut layer, y [B·S, H] of the dense one."""
+        y = y.cpu()
         row_of = torch.full((len(y),), -1, dtype=torch.int64)
-        root = (y.double().square().mean(-1) + self.eps).rsqrt().cpu()
+        root = (y.double().square().mean(-1) + self.eps).rsqrt()
         for part in self.layout.parts:
             at = self.layout.chosen(k, part)
             here = slice(self.tokens, self.tokens + len(at))
             self.tokens = here.stop
             row_of[at] = torch.arange(here.start, here.stop)
             self.part[here], self.cls[here] = part, self.layout.class_of(k, part)
-            self.target[here] = (y.cpu()[at].double() * root[at, None]).float()
+            self.target[here] = (y[at].double() * root[at, None]).float()
         token = seen.token.cpu()
         real = row_of[token] >= 0
         here = slice(self.pairs, self.pairs + int(real.sum()))

@@ -112,7 +112,7 @@ class Sums:
             root = (target.square().mean(-1) + self.eps).rsqrt()
             target = target * root[:, None] * self.scale
             if drift is not None:
-                target += drift[at].to(target.device, torch.float64)
+                target += drift[at.to(drift.device)].to(target.device, torch.float64)
             if part == FIT:
                 self._fit.add(kept, root, target)
             else:
