@@ -15,18 +15,8 @@ from collections.abc import Mapping
 
 from gemcut.errors import UsageError
 from gemcut.families.gemma4 import attention, has_experts, layer_types, text_config
-from gemcut.families.gemma4_gguf import (
-    BLOCK,
-    Heads,
-    Shaper,
-    Shapes,
-    check_block,
-    number,
-    place_all,
-    refuse,
-    rope_tensor,
-    text_metadata,
-)
+from gemcut.families.gemma4_gguf import BLOCK, Heads, place_all, refuse, rope_tensor, text_metadata
+from gemcut.families.gemma4_shapes import Shaper, Shapes, check_block, number
 from gemcut.families.gguf import GgufLayout, Value
 from gemcut.types import Json
 

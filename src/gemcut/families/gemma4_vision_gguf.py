@@ -18,7 +18,8 @@ from collections.abc import Mapping
 
 from gemcut.errors import CheckpointError, UsageError
 from gemcut.families.gemma4 import text_config
-from gemcut.families.gemma4_gguf import Shaper, Shapes, keeps_f32, number, real
+from gemcut.families.gemma4_gguf import keeps_f32
+from gemcut.families.gemma4_shapes import Shaper, Shapes, number, real
 from gemcut.families.gguf import GgufLayout, GgufTensor, Value
 from gemcut.types import Json
 
