@@ -155,6 +155,7 @@ def heal_settings(words: HealWords) -> HealSettings:
         method=words.method,
         target=words.target,
         experts=words.experts,
+        heal_all=words.whole_layers,
         ridges=words.ridges,
         device=words.device,
         dtype=None if words.dtype == "auto" else words.dtype,

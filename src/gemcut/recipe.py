@@ -106,6 +106,9 @@ class HealWords(_Words):
         default="stream",
         description="heads: what brings the residual stream back to the base's, or what the base's branch adds",
     )
+    whole_layers: bool = Field(
+        default=False, description="heads: also refit layers that lose none, behind the first that does (sequential)"
+    )
     experts: Literal["scales", "down_proj"] = Field(
         default="scales", description="of a cut of experts: what is refitted of those that stay"
     )

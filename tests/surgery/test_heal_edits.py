@@ -98,6 +98,21 @@ def test_a_structural_cut_of_the_healed_weights_computes_the_same(
     assert not torch.allclose(logits(small), logits(base), atol=1e-2)
 
 
+def test_layers_healed_whole_are_written_whatever_stays_of_the_plan(base: Checkpoint, tmp_path: Path) -> None:
+    """Layers 1 and 4 lose heads, 2, 3 and 5 are refitted whole; then the plan is reduced to layer 1."""
+    plan, settings = head_plan(base, {1: (1, 2), 4: (1, 2)}), dataclasses.replace(SETTINGS, heal_all=True)
+    report = heal(base, plan, make_corpus(), tmp_path / "heal", settings=settings)
+    used = set(report.used)
+    assert {1, 4} < used <= {1, 2, 3, 4, 5}
+    reduced = dataclasses.replace(plan, layers={1: plan.layers[1]})
+    for some, changed in ((plan, used), (reduced, used - {4})):
+        edits, out = edits_for(some, base, tmp_path / "heal"), tmp_path / f"out-{len(some.layers)}"
+        write_checkpoint(base, edits, base.config, out)
+        assert verify(open_checkpoint(out), base, edits=edits, config=base.config).layers_changed == tuple(
+            sorted(changed)
+        )
+
+
 def test_a_plan_for_gguf_alone_is_healed_and_read_without_being_written(base: Checkpoint, tmp_path: Path) -> None:
     """Heads leave layers 1 and 4 only: no folder holds that, and the healed columns are the masked cut's."""
     some = {1: (1, 2), 4: (1, 2)}

@@ -21,14 +21,15 @@ def heal_edits(folder: Path, edits: Edits, *, layers: Collection[int] | None = N
     Args:
         folder: what `stream.heal` or `stored.heal_stored` wrote.
         edits: what the plan means without a heal.
-        layers: take the heal of these only, where a plan was reduced to some of its layers; None: of all.
+        layers: of the layers that lost heads, take the heal of these only, where a plan was reduced to some of them;
+            None: of all. Layers that were healed whole are always taken.
     Raises:
         UsageError: the folder holds no heal.
         CheckpointError: the heal was made for another plan, or a healed tensor is not what was recorded.
     """
     out = dict(edits)
     for one in load_heal(folder / HEAL_FILE).layers:
-        if layers is not None and one.layer not in layers:
+        if layers is not None and one.layer not in layers and one.dropped:
             continue
         then = _check_cut(one, edits.get(one.tensor))
         if one.file is None:
