@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import resource
 from collections.abc import Mapping
@@ -177,6 +178,13 @@ def test_heads_leave_blocks_as_they_are(tmp_path: Path, dense: Checkpoint, heads
     assert np.array_equal(said(tmp_path / "cut.gguf"), said(heads / f"dense-cut-{name}.gguf"))
 
 
+def test_blocks_that_were_picked_for_their_row_are_refused(tmp_path: Path, dense: Checkpoint, heads: Path) -> None:
+    file = open_gguf(heads / "dense-Q8_0.gguf")
+    picked = rewritten(file, tmp_path / "p.gguf", {**file.metadata, "gemcut.imatrix.roundings": Value("u32", 8)})
+    with pytest.raises(UsageError, match="depends on its whole row"):
+        plan_gguf_cut(picked, head_plan(dense, HEADS, 4), "x.gguf")
+
+
 def test_why_old_types_with_importances_are_refused(heads: Path) -> None:
     """The kept blocks of the output do differ: the refusal is not out of caution."""
     before = open_gguf(heads / "dense-Q4_0.gguf").read("blk.0.attn_output.weight").reshape(256, 1024 // 32, 18)
@@ -324,3 +332,31 @@ def test_a_changed_byte_is_found(tmp_path: Path, moe: Checkpoint, exported: Path
         with pytest.raises(CheckpointError) as error:
             verify(out, source, plan_file)
         assert "blk.1.ffn_down_exps.weight" in str(error.value)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_headers_that_lie_end_in_a_refusal(
+    moe: Checkpoint, dense: Checkpoint, exported: Path, heads: Path, data: st.DataObject
+) -> None:
+    """Keys and tensors that are gone, or say something else than the rest."""
+    experts = data.draw(st.booleans())
+    file = open_gguf(exported / "moe-Q8_0.gguf" if experts else heads / "dense-Q8_0.gguf")
+    plan = expert_plan(moe) if experts else head_plan(dense, HEADS, 4)
+    metadata, tensors = dict(file.metadata), dict(file.tensors)
+    own = [key for key in metadata if not key.startswith("tokenizer.")]
+    scalar = st.sampled_from([0, 1, 3, 2**31 - 1])
+    wrong = st.one_of(
+        st.builds(lambda n: Value("u32", n), scalar),
+        st.builds(lambda n: Value("i32", (n,) * 2), scalar),
+        st.sampled_from([Value("str", "x"), Value("bool", (True,)), Value("f32", float("nan")), None]),
+    )
+    for key in data.draw(st.lists(st.sampled_from(own), min_size=1, max_size=3, unique=True)):
+        value = data.draw(wrong)
+        metadata = {k: v for k, v in metadata.items() if k != key} | ({} if value is None else {key: value})
+    for name in data.draw(st.lists(st.sampled_from(sorted(tensors)), max_size=2, unique=True)):
+        ref = tensors.pop(name)
+        if data.draw(st.booleans()):
+            tensors[name] = replace(ref, shape=ref.shape[1:])
+    with contextlib.suppress(UsageError, CheckpointError):
+        plan_gguf_cut(replace(file, metadata=metadata, tensors=tensors), plan, "x.gguf", any_parent=True)

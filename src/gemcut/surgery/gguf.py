@@ -5,7 +5,8 @@ the cut checkpoint exported with the same types and the importances of the kept 
 and provenance stay this file's.
 
 Heads that leave take rows of the queries, keys and values, and columns of the output. Columns are cut where a head is
-whole blocks wide, and where no block of the type depends on its neighbours: `ROW_WIDE` types do, with importances.
+whole blocks wide, and where no block depends on its neighbours: those of `ROW_WIDE` types do, with importances, and
+those that were picked for their whole row (see `export.imatrix.blocks`).
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ MANIFEST = ".manifest.json"  # NAME.gguf.manifest.json
 PARENT, CUT = "gemcut.parent.fingerprint", "gemcut.cut."
 ROW_WIDE = frozenset({GgmlType.Q4_0, GgmlType.Q4_1, GgmlType.Q5_0, GgmlType.Q5_1})
 """With importances, the scale of each block is weighed by the mean square of its whole row (ggml-quants.c, sigma2)."""
+_ROUNDINGS = "gemcut.imatrix.roundings"
 _SIZE_LABEL = "general.size_label"
 _RECORDS = (MANIFEST, ".json")  # that lie beside a file and speak of its bytes
 _SPARE_BYTES = 16 << 20
@@ -131,12 +133,12 @@ def _check_parent(file: GgufFile, plan: Plan, any_parent: bool) -> None:
 def _check_columns(file: GgufFile, name: str, take: Take) -> None:
     ref = file.ref(name)
     take_of_blocks(ref, take)
-    if ref.kind in ROW_WIDE and any(key.startswith("quantize.imatrix") for key in file.metadata):
+    row_wide = ref.kind in ROW_WIDE and any(key.startswith("quantize.imatrix") for key in file.metadata)
+    if row_wide or _ROUNDINGS in file.metadata:
         raise UsageError(
             "these columns cannot be cut without quantising anew",
             where=name,
             got=f"{ref.kind.name} with importances, where each block depends on its whole row",
-            wanted="another type",
             hint="cut the safetensors model with this plan, and export that: gemcut gguf MODEL --plan",
         )
 
