@@ -64,8 +64,9 @@ def recording_experts_forward(
         )
     recorder: ExpertRecorder | None = self.__dict__.get("gemcut_recorder")
     live: torch.Tensor | None = self.__dict__.get("gemcut_live")
-    gate_up: torch.Tensor = self.gate_up_proj  # [E, 2I, H]
-    down: torch.Tensor = self.down_proj  # [E, H, I]
+    # apart once, not by index: a gradient then is put together once, and not as a whole tensor for every expert
+    gate_up: tuple[torch.Tensor, ...] = self.gate_up_proj.unbind()  # E × [2I, H]
+    down: tuple[torch.Tensor, ...] = self.down_proj.unbind()  # E × [H, I]
     combined = torch.zeros_like(hidden_states)
     # rank-major, as eager enumerates them: within an expert, first the tokens that rank it first, then second, …
     flat_expert = top_k_index.t().reshape(-1)  # [k·T]
