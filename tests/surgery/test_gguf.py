@@ -221,6 +221,30 @@ def test_a_split_file_is_joined(tmp_path: Path, moe: Checkpoint) -> None:
     assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
 
 
+def test_separate_gate_and_up_are_cut_alike(tmp_path: Path, moe: Checkpoint, exported: Path) -> None:
+    """As other converters write them; llama.cpp reads both."""
+    fused = open_gguf(exported / "moe-Q8_0.gguf")
+    entries: list[tuple[str, GgmlType, tuple[int, ...]]] = []
+    payload: dict[str, bytes] = {}
+    for name, ref in fused.tensors.items():
+        if "gate_up" not in name:
+            entries.append((name, ref.kind, ref.shape))
+            payload[name] = fused.read(name).tobytes()
+            continue
+        halves = fused.read(name).reshape(UNITS, 2, -1)
+        for half, part in enumerate(("gate", "up")):
+            other = name.replace("gate_up", part)
+            entries.append((other, ref.kind, (UNITS, ref.shape[1] // 2, ref.shape[2])))
+            payload[other] = halves[:, half].tobytes()
+    with gguf_writer(tmp_path / "apart.gguf", lay_out(fused.metadata, entries, name="apart.gguf")) as writer:
+        for name, raw in payload.items():
+            writer.write(name, 0, memoryview(raw))
+    for file, out in ((open_gguf(tmp_path / "apart.gguf"), "a.gguf"), (fused, "b.gguf")):
+        write_gguf_cut(plan_gguf_cut(file, expert_plan(moe), out), tmp_path / out)
+    assert open_gguf(tmp_path / "a.gguf").ref("blk.0.ffn_up_exps.weight").shape == (5, 256, 256)
+    assert np.allclose(said(tmp_path / "a.gguf"), said(tmp_path / "b.gguf"), atol=1e-4)
+
+
 # ---------------------------------------------------------------- what is refused
 
 
