@@ -42,6 +42,7 @@ log = logging.getLogger(__name__)
 
 Progress = Callable[[int, int, str], None]
 RECORD = ".json"  # behind the file's name
+AUTO_ROUNDINGS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,12 +51,14 @@ class ImatrixWords:
 
     variant: `plain`, `hybrid`, `rms4`, `max`, `auto`.   target: file type that `auto` judges by.
     prior: rows that starved experts borrow from their layer's mean.   merge: other files to add.
+    roundings: of how many quantisations each block is picked at export; 1: quantised once, as by llama-quantize.
     """
 
     variant: Variant = "plain"
     target: str = ""
     prior: int = PRIOR_TOKENS
     merge: tuple[Path, ...] = ()
+    roundings: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +72,7 @@ class ImatrixReport:
     target: str
     entries: int
     prior_tokens: int
+    roundings: int
     datasets: tuple[str, ...]
     model_fingerprint: str
     corpus_hash: str
@@ -76,7 +80,9 @@ class ImatrixReport:
     choices: tuple[Choice, ...]
 
 
-def words_of(variant: str, target: str | None, prior: int, merge_with: Sequence[str]) -> ImatrixWords:
+def words_of(
+    variant: str, target: str | None, prior: int, merge_with: Sequence[str], roundings: int | None = None
+) -> ImatrixWords:
     """From the flags of the verb.
 
     Raises:
@@ -92,7 +98,10 @@ def words_of(variant: str, target: str | None, prior: int, merge_with: Sequence[
         )
     if merge_with and variant != "plain":
         raise UsageError("only sums of squares add up", got=f"--variant {variant} --merge", wanted="--variant plain")
-    return ImatrixWords(cast(Variant, variant), target or "", prior, tuple(Path(one) for one in merge_with))
+    rounds = (AUTO_ROUNDINGS if variant == "auto" else 1) if roundings is None else roundings
+    if merge_with and rounds > 1:
+        raise UsageError("only sums of squares add up", got=f"--roundings {rounds} --merge", wanted="--roundings 1")
+    return ImatrixWords(cast(Variant, variant), target or "", prior, tuple(Path(one) for one in merge_with), rounds)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -151,13 +160,22 @@ def from_observation(
     if words.variant == "auto":
         types = stock_types(words.target, layout, imatrix=True)
         choices = choose(
-            statistics, layout, base, types, prior=words.prior, threads=machine.free_cores(), progress=progress
+            statistics,
+            layout,
+            base,
+            types,
+            roundings=words.roundings,
+            prior=words.prior,
+            threads=machine.free_cores(),
+            progress=progress,
         )
     made = from_statistics(
         statistics,
         layout,
         variant=words.variant,
         chosen={one.tensor: one.variant for one in choices},
+        roundings=words.roundings,
+        rounded={one.tensor for one in choices if one.picks} if choices else None,
         checkpoint=base,
         prior=words.prior,
     )
@@ -215,6 +233,7 @@ def save(
         target=words.target,
         entries=len(imatrix.entries),
         prior_tokens=imatrix.prior_tokens,
+        roundings=imatrix.roundings,
         datasets=imatrix.datasets,
         model_fingerprint=imatrix.model_fingerprint,
         corpus_hash=imatrix.corpus_hash,
@@ -225,13 +244,14 @@ def save(
     return report
 
 
-def wins(choices: Sequence[Choice]) -> list[tuple[str, str, int, dict[str, int], dict[str, float]]]:
-    """Per role and type: tensors, how often each variant won, and each variant's mean error as a share of plain's."""
+def wins(choices: Sequence[Choice]) -> list[tuple[str, str, int, dict[str, int], dict[str, float], float]]:
+    """Per role and type: tensors, how often each variant won, and mean errors as a share of plain's: of each variant,
+    and of the chosen one with picked blocks."""
     out = []
     for role, kind in sorted({(one.role, one.type) for one in choices}):
         group = [one for one in choices if (one.role, one.type) == (role, kind)]
         names = list(group[0].errors)
         won = {name: sum(one.variant == name for one in group) for name in names}
         mean = {name: sum(one.errors[name] for one in group) / len(group) for name in names}
-        out.append((role, kind, len(group), won, mean))
+        out.append((role, kind, len(group), won, mean, sum(one.rounded for one in group) / len(group)))
     return out

@@ -30,7 +30,7 @@ _CUT_MEMORY_BYTES = 512 << 20  # the bound that bench/bench_cut.py holds
 _KLD_EXTRA_BYTES = 1 << 30
 _LIGHT_MEMORY_BYTES = 400 << 20
 _SMALL_WRITE_BYTES = 4 << 20
-_LINEAR_SUMS_BYTES = 2 * 2 * 8 + 4  # of each column of a linear's input: Σa² and Σa⁴ of two halves, and the largest
+_LINEAR_SUMS_BYTES = 3 * 2 * 8 + 4  # of each column of a linear's input: three sums of two halves, and the largest
 
 
 @dataclass(frozen=True, slots=True)

@@ -77,6 +77,7 @@ def _columns(sums: dict[str, Any], name: str, a: np.ndarray, split: int, unit: t
     """unit: (expert, experts)."""
     extra, at = ((), split) if unit is None else ((unit[1],), (split, unit[0]))
     _plus(sums, f"linear.{name}.n", (2, *extra), at, len(a))
+    _plus(sums, f"linear.{name}.a1", (2, *extra, a.shape[1]), at, a.sum(0))
     _plus(sums, f"linear.{name}.a2", (2, *extra, a.shape[1]), at, (a**2).sum(0))
     _plus(sums, f"linear.{name}.a4", (2, *extra, a.shape[1]), at, (a**4).sum(0))
     peak = sums.setdefault(f"linear.{name}.amax", np.zeros((*extra, a.shape[1])))

@@ -22,6 +22,11 @@ _LISTED = 12  # tensors with starved experts that the table shows
 @click.option("-o", "--out", required=True, type=click.Path(), help="The file to write.")
 @click.option("--variant", default="plain", show_default=True, help="plain, hybrid, rms4, max or auto.")
 @click.option("--for", "target", metavar="TYPE", help="auto: the file type that it is for, as IQ2_M.")
+@click.option(
+    "--roundings",
+    type=click.IntRange(min=1, max=256),
+    help="Let gemcut gguf pick each block of so many quantisations; 8 for auto, else 1.",
+)
 @click.option("--merge", multiple=True, type=click.Path(), help="Add this importance matrix, too; many times.")
 @click.option("--model", help="The model behind SOURCE; by default the name that the statistics give.")
 @click.option("--plan", "plan_file", type=click.Path(), help="Take what this plan keeps; SOURCE is of its --model.")
@@ -40,6 +45,7 @@ def imatrix(
     out: str,
     variant: str,
     target: str | None,
+    roundings: int | None,
     merge: tuple[str, ...],
     model: str | None,
     plan_file: str | None,
@@ -62,7 +68,7 @@ def imatrix(
     from gemcut.errors import UsageError
     from gemcut.export.imatrix import gate
 
-    words = imatrices.words_of(variant, target, prior, merge)
+    words = imatrices.words_of(variant, target, prior, merge, roundings)
     path, target_file = Path(source), Path(out)
     store.refuse_existing(target_file, force=force or dry_run)
     if path.is_file():
@@ -111,11 +117,21 @@ def _show(report: ImatrixReport, out: str, talk: Talk) -> None:
         names = list(report.choices[0].errors)
         talk.table(
             f"Importances for {report.target}: error of the quantised weights on held-out items, as a share of plain's",
-            ("tensors", "type", "number", *names, *(f"{name} won" for name in names)),
+            ("tensors", "type", "number", *names, *(f"{name} won" for name in names), "picked"),
             [
-                (role, kind, n, *(f"{mean[name]:.4f}" for name in names), *(won[name] for name in names))
-                for role, kind, n, won, mean in wins(report.choices)
+                (
+                    role,
+                    kind,
+                    n,
+                    *(f"{mean[name]:.4f}" for name in names),
+                    *(won[name] for name in names),
+                    f"{picked:.4f}",
+                )
+                for role, kind, n, won, mean, picked in wins(report.choices)
             ],
+            note=f"picked: the winner, with each block picked of {report.roundings} roundings"
+            if report.roundings > 1
+            else "",
         )
     for name in found.missing[:_LISTED]:
         talk.say(f"{name} has no importances")

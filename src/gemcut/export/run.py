@@ -23,10 +23,11 @@ from numpy.typing import NDArray
 
 from gemcut.checkpoint import Checkpoint
 from gemcut.errors import UsageError
+from gemcut.export.imatrix.blocks import quantise_blocks
 from gemcut.export.output import Earlier, Output, bytes_to_write, finished, opened, payload_hash
 from gemcut.export.record import Fact, earlier_records
 from gemcut.export.source import Buffers, Loaded, Piece, Source, source_hash
-from gemcut.export.targets import Planned, count_types, importance_of, units
+from gemcut.export.targets import Planned, blocks_of, count_types, importance_of, units
 from gemcut.families.gguf import GgufLayout
 from gemcut.ggml.library import Library, load
 from gemcut.ggml.quantise import quantise
@@ -280,7 +281,11 @@ class _Run:
         for first, stop, unit in _runs(source, piece, apart=bool(group.importance)):
             importance = importance_of(target, source.tensor, unit) if group.importance else None
             room = out[first * group.row_bytes : stop * group.row_bytes]
-            quantise(loaded.values[first:stop], group.kind, importance, room, name=name, library=self._library)
+            picked = None if importance is None else blocks_of(target, source.tensor, unit)
+            if picked is not None:
+                quantise_blocks(loaded.values[first:stop], group.kind, picked, room, name=name, library=self._library)
+            else:
+                quantise(loaded.values[first:stop], group.kind, importance, room, name=name, library=self._library)
         return out.data
 
     def _room(self, size: int) -> NDArray[np.uint8]:

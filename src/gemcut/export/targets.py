@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from blake3 import blake3
 
 from gemcut.errors import UsageError
+from gemcut.export.imatrix.blocks import Roundings
 from gemcut.export.mix.stock import file_order
 from gemcut.families.gguf import GgufLayout, GgufTensor, Value
 from gemcut.ggml.quantise import requires_imatrix
@@ -33,6 +34,14 @@ class Importances(Protocol):
 
     def importance(self, name: str, unit: int = 0) -> F32 | None:
         """float32 [columns] of one expert of a tensor; None where nothing is known of the tensor."""
+
+
+@runtime_checkable
+class Picking(Protocol):
+    """Importances that also say what each block is picked from."""
+
+    def blocks(self, name: str, unit: int = 0) -> Roundings | None:
+        """None where a tensor is quantised once."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -139,8 +148,11 @@ def _importance_hash(tensor: GgufTensor, target: Target) -> str:
     if len(given) != len(found):
         raise UsageError("the importance matrix lacks experts", where=f"{tensor.name} in {target.name}")
     digest = blake3()
-    for one in given:
+    for unit, one in enumerate(given):
         digest.update(one.view(np.uint8).data)
+        picked = blocks_of(target, tensor, unit)
+        for part in () if picked is None else (*picked.importances, picked.mean, picked.spread):
+            digest.update(np.ascontiguousarray(part).view(np.uint8).data)
     return digest.hexdigest()
 
 
@@ -157,6 +169,11 @@ def importance_of(target: Target, tensor: GgufTensor, unit: int) -> F32 | None:
             wanted=tensor.shape[-1],
         )
     return found
+
+
+def blocks_of(target: Target, tensor: GgufTensor, unit: int) -> Roundings | None:
+    """What the blocks of one unit are picked from; None where they are quantised once."""
+    return target.importances.blocks(tensor.name, unit) if isinstance(target.importances, Picking) else None
 
 
 def count_types(types: Mapping[str, GgmlType], names: Sequence[str]) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""Second and fourth moments and the largest size of every input column of a linear layer."""
+"""First, second and fourth moments and the largest size of every input column of a linear layer."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 
 from gemcut.observe.settings import SPLITS
 
-# Values converted to float32 at a time and per thread: they stay in a core's cache through all six passes over them.
+# Values converted to float32 at a time and per thread: they stay in a core's cache through all seven passes over them.
 _BLOCK_VALUES = 180_224
 
 
@@ -18,7 +18,8 @@ def make_scratch(device: torch.device | None = None) -> torch.Tensor:
 class ColumnSums:
     """For inputs a [T, F] of one linear layer, or of U of them (experts), split by the parity of the question:
 
-        n[s, u] = Σ_t 1      a2[s, u, f] = Σ_t a²      a4[s, u, f] = Σ_t a⁴      amax[u, f] = max_t |a|
+        n[s, u] = Σ_t 1      a1[s, u, f] = Σ_t a      a2[s, u, f] = Σ_t a²      a4[s, u, f] = Σ_t a⁴
+        amax[u, f] = max_t |a|
 
     float32 squares, summed in float32 over a block of rows (64 of 2816 values for each thread), then in float64.
     """
@@ -34,10 +35,10 @@ class ColumnSums:
         self.grouped, count = units is not None, units or 1
         self.n = torch.zeros((SPLITS, count), dtype=torch.float64)
         self.a2 = torch.zeros((SPLITS, count, features), dtype=torch.float64, device=device)
-        self.a4 = torch.zeros_like(self.a2)
+        self.a1, self.a4 = torch.zeros_like(self.a2), torch.zeros_like(self.a2)
         self._peak = torch.zeros((count, features), dtype=torch.float32, device=device)  # of a²
         self._into = [
-            [(self.a2[s, u], self.a4[s, u], self._peak[u]) for u in range(count)] for s in range(SPLITS)
+            [(self.a1[s, u], self.a2[s, u], self.a4[s, u], self._peak[u]) for u in range(count)] for s in range(SPLITS)
         ]  # views, taken once
         # One part of the rows per thread, in every pass: torch gives each thread the same rows when it squares and, in
         # batched sums, when it adds; a sum over all rows at once would split columns instead, and move the block
@@ -52,7 +53,7 @@ class ColumnSums:
 
     def add(self, a: torch.Tensor, split: int, unit: int = 0) -> None:
         """Rows a [T, F] of one split."""
-        a2, a4, peak = self._into[split][unit]
+        a1, a2, a4, peak = self._into[split][unit]
         for block in a.split(len(self._wide)) if len(a) > len(self._wide) else (a,):
             each = -(-len(block) // self._parts)
             flat = self._wide[: each * self._parts]
@@ -61,8 +62,9 @@ class ColumnSums:
             else:
                 flat[: len(block)].copy_(block)
                 flat[len(block) :].zero_()
-            flat.mul_(flat)
             parts, ones = flat.view(self._parts, each, -1), self._ones[:, :, :each]
+            a1.add_(torch.bmm(ones, parts).sum((0, 1)))
+            flat.mul_(flat)
             torch.maximum(peak, parts.amax(1).amax(0), out=peak)
             a2.add_(torch.bmm(ones, parts).sum((0, 1)))
             flat.mul_(flat)
@@ -71,12 +73,14 @@ class ColumnSums:
 
     def finite(self) -> bool:
         """Whether every sum is a number. a⁴ leaves float32 where |a| is above 4·10⁹."""
-        return bool(torch.isfinite(self.a4).all() and torch.isfinite(self.a2).all())
+        return all(bool(torch.isfinite(sums).all()) for sums in (self.a4, self.a2, self.a1))
 
     def tensors(self, name: str) -> dict[str, torch.Tensor]:
-        """`linear.<name>.{n, a2, a4, amax}`; the axis of the experts is there only for experts."""
-        n, a2, a4, amax = self.n, self.a2.cpu(), self.a4.cpu(), self._peak.sqrt().cpu()
+        """`linear.<name>.{n, a1, a2, a4, amax}`; the axis of the experts is there only for experts."""
+        out = {"n": self.n, "a1": self.a1.cpu(), "a2": self.a2.cpu(), "a4": self.a4.cpu()}
+        amax = self._peak.sqrt().cpu()
         if not self.grouped:
-            n, a2, a4, amax = n[:, 0], a2[:, 0], a4[:, 0], amax[0]
-        out = {"n": n, "a2": a2, "a4": a4, "amax": amax}
+            out = {key: value[:, 0] for key, value in out.items()}
+            amax = amax[0]
+        out["amax"] = amax
         return {f"linear.{name}.{key}": value.contiguous() for key, value in out.items()}

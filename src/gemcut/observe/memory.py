@@ -87,7 +87,7 @@ def _sums_bytes(text: Mapping[str, Json], widest: int) -> int:
     hidden, experts = _number(text, "hidden_size"), _number(text, "num_experts")
     columns = 2 * hidden + widest + _number(text, "intermediate_size")
     columns += experts * (hidden + _number(text, "moe_intermediate_size"))
-    return columns * (2 * SPLITS * 8 + 4) + gram_splits(widest) * widest * widest * 8 + 2 * experts * experts * 8
+    return columns * (3 * SPLITS * 8 + 4) + gram_splits(widest) * widest * widest * 8 + 2 * experts * experts * 8
 
 
 def _batch_bytes(text: Mapping[str, Json], widest: int, tokens: int, length: int, item: int) -> int:

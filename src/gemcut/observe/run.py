@@ -8,8 +8,8 @@ layer-NNN.safetensors   written as layer NNN finishes; C classes, Q questions, E
     experts.by_class.<sum>     F64 [C, E]     EXPERT_SUMS and EXPERT_MAXIMA of `types`
     experts.by_question.<sum>  F32 [Q, E]     QUESTION_SUMS
     near.<sum>                                see `observe.near`
-    linear.<module>.<sum>      F64            see `observe.columns`; n [S], a2 and a4 [S, F], amax [F] (F32); of the
-                                              fused experts n [S, E], a2 and a4 [S, E, F], amax [E, F]
+    linear.<module>.<sum>      F64            see `observe.columns`; n [S], a1, a2, a4 [S, F], amax [F] (F32); of the
+                                              fused experts n [S, E], a1, a2, a4 [S, E, F], amax [E, F]
     gram.<module>.<sum>        F64            see `observe.gram`; g [S or 1, d, d], x [S or 1, d], w and n [S or 1]
 """
 

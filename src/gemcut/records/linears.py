@@ -18,13 +18,15 @@ from gemcut.types import F32, F64
 
 _PREFIX = "linear."
 _KEYS = ("n", "a2", "a4", "amax")
+_OPTIONAL = "a1"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LinearSums:
     """Sums over the rows a [T, F] that entered one linear, S = 2 halves of the corpus (parity of the question's index).
 
-    n = Σ 1 [S, U]   a2 = Σ a² [S, U, F]   a4 = Σ a⁴ [S, U, F], float64   amax = max |a| [U, F], float32.
+    n = Σ 1 [S, U]   a1 = Σ a, a2 = Σ a², a4 = Σ a⁴ [S, U, F], float64   amax = max |a| [U, F], float32.
+    a1 is None where the observation is older than it.
     U: experts of a fused tensor; 1, with `grouped` False, for a linear that every token enters.
     """
 
@@ -33,6 +35,7 @@ class LinearSums:
     a4: F64
     amax: F32
     grouped: bool
+    a1: F64 | None = None
 
     @property
     def columns(self) -> int:
@@ -101,19 +104,22 @@ def _read(f: Any, names: set[str], module: str, where: str) -> LinearSums:
             raise CheckpointError(f"{name} is missing", where=where, hint="observe again")
         part = f.get_slice(name)
         forms[key] = (str(part.get_dtype()), tuple(part.get_shape()))
+    if f"{_PREFIX}{module}.{_OPTIONAL}" in names:
+        part = f.get_slice(f"{_PREFIX}{module}.{_OPTIONAL}")
+        forms[_OPTIONAL] = (str(part.get_dtype()), tuple(part.get_shape()))
     shape = forms["a2"][1]
     grouped = len(shape) == 3
     wanted = {
         "n": ("F64", shape[:-1]), "a2": ("F64", shape), "a4": ("F64", shape), "amax": ("F32", shape[1:]),
     }  # fmt: skip
+    if _OPTIONAL in forms:
+        wanted[_OPTIONAL] = ("F64", shape)
     if len(shape) not in (2, 3) or shape[0] != 2 or forms != wanted:
         raise CheckpointError(f"the sums of {module} have another form", where=where, got=forms)
-    n, a2, a4, amax = (f.get_tensor(f"{_PREFIX}{module}.{key}") for key in _KEYS)
-    sums = (
-        LinearSums(n, a2, a4, amax, grouped)
-        if grouped
-        else LinearSums(n[:, None], a2[:, None], a4[:, None], amax[None], grouped)
-    )
+    found = {key: f.get_tensor(f"{_PREFIX}{module}.{key}") for key in forms}
+    if not grouped:
+        found = {key: values[None] if key == "amax" else values[:, None] for key, values in found.items()}
+    sums = LinearSums(**found, grouped=grouped)
     _check(sums, module, where)
     return sums
 
@@ -132,6 +138,8 @@ def _check(sums: LinearSums, module: str, where: str) -> None:
             refuse(f"{key} is not finite", "NaN or infinity")
         if values.size and values.min() < 0:
             refuse(f"{key} is negative", float(values.min()))
+    if sums.a1 is not None and not np.isfinite(sums.a1).all():
+        refuse("a1 is not finite", "NaN or infinity")
     if (sums.n != np.rint(sums.n)).any():
         refuse("a count is no whole number", float(sums.n[sums.n != np.rint(sums.n)][0]))
     if (sums.a2[sums.n == 0] != 0).any():

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tests.export.imatrix.small import DENSE, EXPERTS, small, small_layout
 
 from gemcut.errors import CheckpointError, UsageError
-from gemcut.export.imatrix import Entry, Imatrix, fit, read_imatrix, write_imatrix
+from gemcut.export.imatrix import Entry, Imatrix, Inputs, fit, read_imatrix, write_imatrix
 
 
 def assert_same(a: Imatrix, b: Imatrix) -> None:
@@ -62,6 +62,23 @@ def test_starved_experts_survive_the_file(tmp_path: Path) -> None:
     found = read_imatrix(tmp_path / "i.gguf")
     assert_same(imatrix, found)
     assert found.tokens(EXPERTS).tolist() == [100, 0, 100, 2]
+
+
+def test_what_blocks_are_picked_by_survives_the_file(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    inputs = {EXPERTS: Inputs(rng.standard_normal((4, 8)).astype(np.float32), rng.random((4, 8), np.float32))}
+    write_imatrix(tmp_path / "i.gguf", replace(small(), roundings=8, inputs=inputs))
+    found = read_imatrix(tmp_path / "i.gguf")
+    assert found.roundings == 8
+    assert found.inputs.keys() == {EXPERTS}
+    np.testing.assert_array_equal(found.inputs[EXPERTS].mean, inputs[EXPERTS].mean)
+    np.testing.assert_array_equal(found.inputs[EXPERTS].spread, inputs[EXPERTS].spread)
+    given = found.blocks(EXPERTS, 2)
+    assert given is not None
+    assert len(given.importances) == 8
+    assert found.blocks(DENSE) is None  # no inputs: quantised once
+    assert replace(found, roundings=1).blocks(EXPERTS) is None
+    assert fit(found, small_layout()).inputs.keys() == {EXPERTS}
 
 
 def test_the_gguf_package_reads_what_llama_cpp_asks_for(tmp_path: Path) -> None:
@@ -141,6 +158,14 @@ def test_a_file_of_another_writer(tmp_path: Path) -> None:
         (pair([[1.0, 3.0]], [[2.0]]), {"without": ("datasets",)}, "no metadata"),
         (pair([[1.0, 3.0]], [[2.0]]), {"own": {"gemcut.imatrix.starved": [f"{DENSE}:7"]}}, "starved"),
         (pair([[1.0, 3.0]], [[2.0]]), {"own": {"gemcut.imatrix.starved": ["x"]}}, "starved"),
+        (pair([[1.0, 3.0]], [[2.0]]), {"own": {"gemcut.imatrix.roundings": 100_000}}, "too many roundings"),
+        (pair([[1.0, 3.0]], [[2.0]]) | {f"{DENSE}.mean": np.ones((1, 2), np.float32)}, {}, "means without spreads"),
+        (
+            pair([[1.0, 3.0]], [[2.0]])
+            | {f"{DENSE}.mean": np.ones((1, 2), np.float32), f"{DENSE}.spread": -np.ones((1, 2), np.float32)},
+            {},
+            "impossible",
+        ),
         (
             pair([[1.0, 3.0]], [[2.0]]),
             {"own": {"gemcut.imatrix.starved": [f"{DENSE}:0"], "gemcut.imatrix.prior_tokens": 9}}, "less than nothing",

@@ -1,7 +1,7 @@
 """Importance matrices: from the statistics of a pass, from llama.cpp's files, merged, judged by the real quantisers."""
 
 from gemcut.export.imatrix.auto import Choice, choose
-from gemcut.export.imatrix.entries import Entry, Imatrix, Variant, fit, missing_entries, wants_importance
+from gemcut.export.imatrix.entries import Entry, Imatrix, Inputs, Variant, fit, missing_entries, wants_importance
 from gemcut.export.imatrix.file import read_imatrix, write_imatrix
 from gemcut.export.imatrix.merge import merge
 from gemcut.export.imatrix.starved import PRIOR_TOKENS, Coverage, TensorCoverage, coverage, gate
@@ -16,6 +16,7 @@ __all__ = [
     "Coverage",
     "Entry",
     "Imatrix",
+    "Inputs",
     "TensorCoverage",
     "Variant",
     "choose",

@@ -10,6 +10,7 @@ from typing import Literal, TypeAlias
 import numpy as np
 
 from gemcut.errors import CheckpointError
+from gemcut.export.imatrix.blocks import Roundings, roundings
 from gemcut.families.gguf import GgufLayout, GgufTensor
 from gemcut.types import F32, F64, I64
 
@@ -18,7 +19,7 @@ log = logging.getLogger(__name__)
 Variant: TypeAlias = Literal["plain", "hybrid", "rms4", "max", "auto"]
 """`plain` holds sums of squares, which add up over corpora. The others hold importances times counts, which do not."""
 
-_COUNTLESS = "token_embd.weight"  # looked up, never multiplied: no file has importances for it
+MAX_ROUNDINGS = 256
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -45,6 +46,20 @@ class Entry:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Inputs:
+    """What the rows a that entered a tensor have in common: mean = E[a], spread = E[a²] − E[a]², float32 [U, F]."""
+
+    mean: F32
+    spread: F32
+
+    def __post_init__(self) -> None:
+        if self.mean.shape != self.spread.shape or self.mean.ndim != 2:
+            raise CheckpointError("means and spreads do not belong together", got=(self.mean.shape, self.spread.shape))
+        if not (np.isfinite(self.mean).all() and np.isfinite(self.spread).all()) or self.spread.min() < 0:
+            raise CheckpointError("a mean or a spread of inputs is impossible", wanted="finite, spreads of 0 or more")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Imatrix:
     """An importance matrix: entries by the tensor's name in GGUF.
 
@@ -52,6 +67,8 @@ class Imatrix:
     variant: what the sums are made of.
     prior_tokens: κ of the units in `starved` (tensor → units): their sums hold κ rows of their layer's mean more, and
         their counts κ rows more, than were seen; see `shrink`.
+    roundings: of how many quantisations each block is picked, where `inputs` says by what; see `blocks`. 1: as
+        llama-quantize, which knows nothing of both.
     model_fingerprint, corpus_hash: "" where nobody said.
     """
 
@@ -62,6 +79,8 @@ class Imatrix:
     variant: Variant = "plain"
     prior_tokens: int = 0
     starved: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    roundings: int = 1
+    inputs: Mapping[str, Inputs] = field(default_factory=dict)
     model_fingerprint: str = ""
     corpus_hash: str = ""
 
@@ -78,6 +97,13 @@ class Imatrix:
             return np.ones(entry.sums.shape[1], np.float32)
         out: F32 = entry.sums[unit] / np.float32(count)
         return out
+
+    def blocks(self, name: str, unit: int = 0) -> Roundings | None:
+        """What the blocks of a unit are picked from; None where they are quantised once, as llama-quantize does."""
+        inputs, importance = self.inputs.get(name), self.importance(name, unit)
+        if self.roundings < 2 or inputs is None or importance is None:
+            return None
+        return Roundings(roundings(importance, self.roundings), inputs.mean[unit], inputs.spread[unit])
 
     def tokens(self, name: str) -> I64:
         """Rows that each unit of a tensor has really seen, int64 [U]."""
@@ -117,6 +143,9 @@ def fit(imatrix: Imatrix, layout: GgufLayout) -> Imatrix:
                 wanted=f"{units} × {columns}",
                 hint="after a cut, take the kept experts: gemcut imatrix FILE --model BASE --plan PLAN -o CUT_FILE",
             )
+        inputs = imatrix.inputs.get(name)
+        if inputs is not None and inputs.mean.shape != (units, columns):
+            raise CheckpointError("means of another shape", where=name, got=inputs.mean.shape, wanted=(units, columns))
         counts = entry.counts if len(entry.counts) == units else np.repeat(entry.counts, units)
         entries[name] = Entry(entry.sums.reshape(units, columns), counts)
     missing = missing_entries(imatrix, layout)

@@ -3,8 +3,9 @@
     general.type = "imatrix"   imatrix.datasets [str]   imatrix.chunk_count u32   imatrix.chunk_size u32
     <tensor>.in_sum2 F32 [U, F]   <tensor>.counts F32 [U, 1]
 
-gemcut adds keys of its own that llama.cpp does not ask for: gemcut.imatrix.{variant, prior_tokens, starved, model,
-corpus}. Source: tools/imatrix/imatrix.cpp and common/imatrix-loader.cpp of llama.cpp b11549.
+gemcut adds what llama.cpp does not ask for: keys gemcut.imatrix.{variant, prior_tokens, starved, roundings, model,
+corpus}, and, where blocks are picked, <tensor>.mean and <tensor>.spread F32 [U, F].
+Source: tools/imatrix/imatrix.cpp and common/imatrix-loader.cpp of llama.cpp b11549.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import get_args
 import numpy as np
 
 from gemcut.errors import CheckpointError, UsageError
-from gemcut.export.imatrix.entries import Entry, Imatrix, Variant
+from gemcut.export.imatrix.entries import MAX_ROUNDINGS, Entry, Imatrix, Inputs, Variant
 from gemcut.families.gguf import Value
 from gemcut.ggml.types import GgmlType
 from gemcut.gguf_file import GgufFile, gguf_writer, lay_out, read_gguf
@@ -26,6 +27,7 @@ from gemcut.store import refuse_existing
 from gemcut.types import F32
 
 _SUMS, _COUNTS = ".in_sum2", ".counts"
+_MEAN, _SPREAD = ".mean", ".spread"
 _TYPE, _DATASETS = "general.type", "imatrix.datasets"
 _CHUNKS, _CHUNK_SIZE = "imatrix.chunk_count", "imatrix.chunk_size"
 _OWN = "gemcut.imatrix."
@@ -53,6 +55,7 @@ def write_imatrix(path: Path, imatrix: Imatrix, *, force: bool = False) -> None:
         f"{_OWN}variant": Value("str", imatrix.variant),
         f"{_OWN}prior_tokens": Value("u32", imatrix.prior_tokens),
         f"{_OWN}starved": Value("str", starved),
+        f"{_OWN}roundings": Value("u32", imatrix.roundings),
         f"{_OWN}model": Value("str", imatrix.model_fingerprint),
         f"{_OWN}corpus": Value("str", imatrix.corpus_hash),
     }
@@ -61,6 +64,9 @@ def write_imatrix(path: Path, imatrix: Imatrix, *, force: bool = False) -> None:
         entry = imatrix.entries[name]
         payloads[name + _SUMS] = np.ascontiguousarray(entry.sums, "<f4")
         payloads[name + _COUNTS] = entry.counts.astype("<f4")[:, None]
+        if (inputs := imatrix.inputs.get(name)) is not None:
+            payloads[name + _MEAN] = np.ascontiguousarray(inputs.mean, "<f4")
+            payloads[name + _SPREAD] = np.ascontiguousarray(inputs.spread, "<f4")
     tensors = [(name, GgmlType.F32, values.shape) for name, values in payloads.items()]
     with gguf_writer(path, lay_out(metadata, tensors, name=path.name)) as writer:
         for name, values in payloads.items():
@@ -106,6 +112,9 @@ def _from_gguf(file: GgufFile) -> Imatrix:
     if variant not in get_args(Variant):
         raise CheckpointError("unknown variant of importances", where=where, got=repr(variant)[:60])
     prior = _count(file, f"{_OWN}prior_tokens")
+    rounds = _count(file, f"{_OWN}roundings") or 1
+    if rounds > MAX_ROUNDINGS:
+        raise CheckpointError("too many roundings", where=where, got=rounds, wanted=f"at most {MAX_ROUNDINGS}")
     for name, units in starved.items():
         if entries[name].counts[list(units)].min() < prior:
             raise CheckpointError("a starved expert saw less than nothing", where=f"{name} in {where}")
@@ -117,6 +126,8 @@ def _from_gguf(file: GgufFile) -> Imatrix:
         variant=variant,  # type: ignore[arg-type]
         prior_tokens=prior,
         starved=starved,
+        roundings=rounds,
+        inputs={name: _inputs(file, name) for name in names if name + _MEAN in file.tensors},
         model_fingerprint=_text(file, f"{_OWN}model"),
         corpus_hash=_text(file, f"{_OWN}corpus"),
     )
@@ -148,6 +159,17 @@ def _entry(file: GgufFile, name: str) -> Entry:
         raise CheckpointError("a count is impossible", where=where, got=float(seen[wrong][0]))
     try:
         return Entry(values.reshape(units, -1), np.floor(seen.astype(np.float64) + 0.5).astype(np.int64))
+    except CheckpointError as error:
+        raise CheckpointError(error.what, where=where, got=error.got, wanted=error.wanted) from None
+
+
+def _inputs(file: GgufFile, name: str) -> Inputs:
+    where = f"{name[:120]} in {file.path.name}"
+    mean, spread = file.tensors[name + _MEAN], file.tensors.get(name + _SPREAD)
+    if spread is None or (mean.kind, spread.kind) != (GgmlType.F32, GgmlType.F32) or mean.shape != spread.shape:
+        raise CheckpointError("means without spreads, or of another form", where=where)
+    try:
+        return Inputs(*(file.read(ref.name).view("<f4").reshape(ref.shape) for ref in (mean, spread)))
     except CheckpointError as error:
         raise CheckpointError(error.what, where=where, got=error.got, wanted=error.wanted) from None
 

@@ -25,6 +25,10 @@ def merge(first: Imatrix, second: Imatrix) -> Imatrix:
                 wanted="two plain files",
                 hint="merge the statistics or plain files, and choose the variant afterwards",
             )
+        if one.roundings > 1:
+            raise UsageError(
+                "importances with roundings do not add up", hint="merge plain files that were made without --roundings"
+            )
         if not one.chunk_size:
             raise UsageError(
                 "an imatrix of llama.cpp's older form has lost its counts, and does not add up",

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
+
+import numpy as np
 
 from gemcut.checkpoint.read import Checkpoint
 from gemcut.errors import CheckpointError, UsageError
-from gemcut.export.imatrix.entries import Entry, Imatrix, Variant, entry_of, wants_importance
+from gemcut.export.imatrix.entries import Entry, Imatrix, Inputs, Variant, entry_of, wants_importance
 from gemcut.export.imatrix.starved import PRIOR_TOKENS
-from gemcut.export.imatrix.variants import formula, importance, moments
+from gemcut.export.imatrix.variants import Moments, formula, importance, moments
 from gemcut.export.imatrix.weights import column_energy, units_of
 from gemcut.families.gguf import GgufLayout, GgufTensor
 from gemcut.records.linears import LinearSums, load_linears
@@ -28,6 +30,8 @@ def from_statistics(
     *,
     variant: Variant = "plain",
     chosen: Mapping[str, str] | None = None,
+    roundings: int = 1,
+    rounded: Container[str] | None = None,
     checkpoint: Checkpoint | None = None,
     prior: int = PRIOR_TOKENS,
 ) -> Imatrix:
@@ -38,6 +42,8 @@ def from_statistics(
 
     Args:
         chosen: formula by tensor name, for `auto`; tensors that it does not name are plain.
+        roundings: of how many quantisations our exporter picks each block (`blocks`); 1: of one, as llama-quantize.
+        rounded: tensors whose blocks are picked; None: all.
         checkpoint: the observed model; only formulas that look at weights need it.
 
     Raises:
@@ -47,6 +53,7 @@ def from_statistics(
     index = load_statistics_index(folder)
     entries: dict[str, Entry] = {}
     starved: dict[str, tuple[int, ...]] = {}
+    inputs: dict[str, Inputs] = {}
     for tensor, sums in observed(folder, index, layout):
         found = moments(sums, BOTH, prior)
         name = variant if variant != "auto" else (chosen or {}).get(tensor.name, "plain")
@@ -57,6 +64,8 @@ def from_statistics(
             energy = column_energy(checkpoint, tensor)
         n = found.n[:, None]
         entries[tensor.name] = entry_of(importance(name, found, energy) * n, found.n)
+        if roundings > 1 and (rounded is None or tensor.name in rounded):
+            inputs[tensor.name] = _inputs(found, tensor.name)
         if found.starved:
             starved[tensor.name] = found.starved
     meta = index.meta
@@ -68,9 +77,22 @@ def from_statistics(
         variant=variant,
         prior_tokens=prior,
         starved=starved,
+        roundings=roundings,
+        inputs=inputs,
         model_fingerprint=meta.model_fingerprint,
         corpus_hash=meta.corpus_hash,
     )
+
+
+def _inputs(found: Moments, name: str) -> Inputs:
+    parts = found.inputs
+    if parts is None:
+        raise UsageError(
+            "the statistics hold no means of inputs, by which blocks are picked",
+            where=name,
+            hint="observe again with this version, or --roundings 1",
+        )
+    return Inputs(*(part.astype(np.float32) for part in parts))
 
 
 def observed(folder: Path, index: StatisticsIndex, layout: GgufLayout) -> Iterator[tuple[GgufTensor, LinearSums]]:

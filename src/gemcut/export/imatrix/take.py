@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
-from gemcut.export.imatrix.entries import Entry, Imatrix, fit
+from gemcut.export.imatrix.entries import Entry, Imatrix, Inputs, fit
 from gemcut.families.gguf import GgufLayout
 from gemcut.types import Edit, Replace, Take
 
@@ -25,19 +26,21 @@ def take(imatrix: Imatrix, layout: GgufLayout, edits: Mapping[str, Edit]) -> Ima
         CheckpointError: the importances are of another model.
     """
     imatrix = fit(imatrix, layout)
-    entries = dict(imatrix.entries)
-    starved = dict(imatrix.starved)
+    entries, inputs, starved = dict(imatrix.entries), dict(imatrix.inputs), dict(imatrix.starved)
     for tensor in layout.tensors:
         found, entry = edits.get(tensor.source or ""), entries.get(tensor.name)
         edit = found.then if isinstance(found, Replace) else found
         if entry is None or not isinstance(edit, Take):
             continue
-        index = np.array(edit.index)
-        if edit.axis == len(tensor.shape) - 1:
-            entries[tensor.name] = Entry(np.ascontiguousarray(entry.sums[:, index]), entry.counts)
-        elif edit.axis == 0 and len(tensor.shape) == 3:
-            entries[tensor.name] = Entry(entry.sums[index], entry.counts[index])
+        columns = edit.axis == len(tensor.shape) - 1
+        if not columns and (edit.axis or len(tensor.shape) != 3):
+            continue  # rows that share their importances
+        kept = partial(np.take, indices=edit.index, axis=1 if columns else 0)
+        entries[tensor.name] = Entry(kept(entry.sums), entry.counts if columns else kept(entry.counts))
+        if (told := inputs.get(tensor.name)) is not None:
+            inputs[tensor.name] = Inputs(kept(told.mean), kept(told.spread))
+        if not columns:
             place = {unit: i for i, unit in enumerate(edit.index)}
-            kept = tuple(place[unit] for unit in starved.pop(tensor.name, ()) if unit in place)
-            starved |= {tensor.name: kept} if kept else {}
-    return replace(imatrix, entries=entries, starved=starved, model_fingerprint="")
+            units = tuple(place[unit] for unit in starved.pop(tensor.name, ()) if unit in place)
+            starved |= {tensor.name: units} if units else {}
+    return replace(imatrix, entries=entries, inputs=inputs, starved=starved, model_fingerprint="")

@@ -22,6 +22,7 @@ FLOOR = 1e-6  # of a unit's mean: a block of zero importances is a division by z
 class Moments:
     """Sums over the rows that entered each unit of a tensor: n [U], a2 = Σ a² and a4 = Σ a⁴ [U, F], float64.
 
+    a1: Σ a, None where the observation did not keep it.
     starved: units that hold `prior` rows of the layer's mean more than they saw.
     """
 
@@ -29,6 +30,17 @@ class Moments:
     a2: F64
     a4: F64
     starved: tuple[int, ...] = ()
+    a1: F64 | None = None
+
+    @property
+    def inputs(self) -> tuple[F64, F64] | None:
+        """μ = a1/n and e − μ² [U, F]; of a unit without rows, 0 and 1."""
+        if self.a1 is None:
+            return None
+        n = np.maximum(self.n, 1.0)[:, None]
+        mean = self.a1 / n
+        spread = np.maximum(self.a2 / n - mean**2, 0.0)
+        return mean, np.where(self.n[:, None] > 0, spread, 1.0)
 
 
 def moments(sums: LinearSums, splits: Sequence[int], prior: int) -> Moments:
@@ -37,8 +49,9 @@ def moments(sums: LinearSums, splits: Sequence[int], prior: int) -> Moments:
     n, a2, a4 = sums.n[at].sum(0), sums.a2[at].sum(0), sums.a4[at].sum(0)
     starved = starved_units(n) if prior else ()
     a2, _ = shrink(a2, n, starved, prior)
+    a1 = None if sums.a1 is None else shrink(sums.a1[at].sum(0), n, starved, prior)[0]
     a4, n = shrink(a4, n, starved, prior)
-    return Moments(n, a2, a4, starved)
+    return Moments(n, a2, a4, starved, a1)
 
 
 @dataclass(frozen=True, slots=True)

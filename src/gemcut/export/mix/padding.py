@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from gemcut.errors import UsageError
-from gemcut.export.targets import Importances
+from gemcut.export.imatrix.blocks import Roundings
+from gemcut.export.targets import Importances, Picking
 from gemcut.families.gguf import GgufLayout, GgufTensor, Grown, Value
 from gemcut.records.curvature import Margins
 from gemcut.types import F32, F64
@@ -90,3 +91,16 @@ class PaddedImportances:
         if found is None or width is None or found.shape[0] >= width:
             return found
         return np.concatenate([found, np.zeros(width - found.shape[0], np.float32)])
+
+    def blocks(self, name: str, unit: int = 0) -> Roundings | None:
+        """The same of what its blocks are picked from."""
+        found = self.importances.blocks(name, unit) if isinstance(self.importances, Picking) else None
+        width = self.widths.get(name)
+        if found is None or width is None or found.mean.shape[0] >= width:
+            return found
+        zeros = np.zeros(width - found.mean.shape[0], np.float32)
+        return Roundings(
+            tuple(np.concatenate([one, zeros]) for one in found.importances),
+            np.concatenate([found.mean, zeros]),
+            np.concatenate([found.spread, zeros]),
+        )
