@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 from gemcut.families.gguf import GgufLayout
+from gemcut.families.linears import Linears
 from gemcut.types import Json, Plan, Site
 
 # Components that `inspect` and the size picture count, in the order shown.
@@ -73,6 +74,7 @@ class Family:
     renormalises: the router's top-k weights are renormalised, so that dropping equals masking, to the bit.
     gguf(config, shapes): what the GGUF file of the decoder holds; shapes of all tensors in the order of the file.
     gguf_vision(config, shapes, preprocessor): what its mmproj file holds.
+    linears(): what quantised checkpoints call its matrices.
     """
 
     name: str
@@ -90,3 +92,4 @@ class Family:
     serving: Serving
     gguf: Callable[[Mapping[str, Json], Mapping[str, tuple[int, ...]]], GgufLayout]
     gguf_vision: Callable[[Mapping[str, Json], Mapping[str, tuple[int, ...]], Mapping[str, Json]], GgufLayout]
+    linears: Callable[[], Linears]

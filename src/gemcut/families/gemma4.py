@@ -23,6 +23,7 @@ from gemcut.errors import CheckpointError, UsageError
 from gemcut.families.base import Attention, Family, Norms, Serving
 from gemcut.families.gguf import GgufLayout
 from gemcut.families.heads import kept_kv_heads, mode_of
+from gemcut.families.linears import Linears
 from gemcut.types import Json, Plan, Site, Slice
 
 _LAYER = re.compile(r"^(?P<root>model\.(?:language_model\.)?)layers\.(?P<layer>\d+)\.")
@@ -329,6 +330,13 @@ def gguf_vision(
     return vision(config, shapes, preprocessor)
 
 
+def linears() -> Linears:
+    """See gemma4_linears.LINEARS."""
+    from gemcut.families.gemma4_linears import LINEARS
+
+    return LINEARS
+
+
 FAMILY = Family(
     name="gemma4",
     architectures=("Gemma4ForConditionalGeneration", "Gemma4ForCausalLM"),
@@ -353,4 +361,5 @@ FAMILY = Family(
     ),
     gguf=gguf,
     gguf_vision=gguf_vision,
+    linears=linears,
 )
