@@ -23,11 +23,13 @@ from gemcut.export.layout import layout_of
 from gemcut.exporting import GgufWords, after_plan, plan_export, write_export
 from gemcut.families.gguf import GgufLayout, Value
 from gemcut.ggml.model import Model
-from gemcut.ggml.types import GgmlType
+from gemcut.ggml.quantise import quantise, requires_imatrix
+from gemcut.ggml.types import BLOCKS, GgmlType, tensor_bytes
 from gemcut.gguf_cutting import verify
 from gemcut.gguf_file import GgufFile, gguf_writer, lay_out, open_gguf
 from gemcut.records import load_manifest, save_plan
 from gemcut.surgery import plan_gguf_cut, write_gguf_cut
+from gemcut.surgery.gguf import ROW_WIDE
 from gemcut.types import LayerPlan, Plan
 from tiny import make_tiny
 
@@ -36,6 +38,7 @@ PLAIN = ("BF16", "Q5_1", "Q3_K_S")
 HEADS = {0: (0, 1), 1: (0, 2, 3)}  # other numbers in every layer, and a KV head less in the first
 UNITS = 10  # eight, or fewer than four, and stock mixes would choose other types for the cut
 KEEP = {0: (0, 3, 4, 6, 9), 1: (1, 2, 5, 7, 8)}
+QUANTISED = [kind for kind in GgmlType if BLOCKS[kind].values > 1]
 LAYERS = ["sliding_attention", "full_attention"]
 
 
@@ -176,6 +179,29 @@ def test_heads_leave_blocks_as_they_are(tmp_path: Path, dense: Checkpoint, heads
     columns = next(fact for fact in manifest.tensors if fact.name == "blk.1.attn_output.weight")
     assert (columns.axis, columns.index) == (1, (*range(512), *range(1024, 2048)))
     assert np.array_equal(said(tmp_path / "cut.gguf"), said(heads / f"dense-cut-{name}.gguf"))
+
+
+def test_types_whose_blocks_depend_on_their_row() -> None:
+    """Columns of random rows, cut before and after: the same bytes, but for what is refused."""
+    rng = np.random.default_rng(0)
+    values = rng.standard_normal((8, 2048), np.float32) * np.exp(rng.standard_normal(8, np.float32)).repeat(256)
+    importance = rng.random(2048, np.float32) ** 3 + np.float32(0.01)
+    keep = np.r_[0:512, 1024:1536]
+    wide, checked = set(), 0
+    for kind, weights in itertools.product(QUANTISED, (None, importance)):
+        if weights is None and requires_imatrix(kind):
+            continue
+        block = BLOCKS[kind]
+        whole, half = (np.empty(tensor_bytes(kind, (8, columns)), np.uint8) for columns in (2048, 1024))
+        quantise(values, kind, weights, whole)
+        quantise(np.ascontiguousarray(values[:, keep]), kind, None if weights is None else weights[keep], half)
+        kept = whole.reshape(8, 2048 // block.values, -1)[:, np.unique(keep // block.values)]
+        if not np.array_equal(kept.reshape(-1), half):
+            assert weights is not None, kind
+            wide.add(kind)
+        checked += 1
+    assert wide == ROW_WIDE
+    assert checked > 40
 
 
 def test_blocks_that_were_picked_for_their_row_are_refused(tmp_path: Path, dense: Checkpoint, heads: Path) -> None:
