@@ -39,6 +39,8 @@ def provenance(
     if imatrix is not None:
         out[f"{_OWN}imatrix.hash"] = Value("str", imatrix_hash(imatrix))
         out[f"{_OWN}imatrix.variant"] = Value("str", imatrix.variant)
+        if imatrix.roundings > 1:
+            out[f"{_OWN}imatrix.roundings"] = Value("u32", imatrix.roundings)
         if imatrix.corpus_hash:
             out[f"{_OWN}corpus.hash"] = Value("str", imatrix.corpus_hash)
     return out
