@@ -82,6 +82,19 @@ def gathered_fact(old: TensorRef, new: TensorRef, edit: Take | None, before: str
     Raises:
         CheckpointError: the file does not hold what was written to it.
     """
+    _check_read_back(new, meant, after)
+    if edit is None or len(edit.index) == old.shape[edit.axis]:
+        return _fact(old, new, "same", before, after)
+    return _fact(old, new, "take", before, after, axis=edit.axis, index=edit.index)
+
+
+def made_fact(new: TensorRef, meant: str, after: str) -> TensorFact:
+    """The fact about a tensor that was computed and then read back; see `gathered_fact`."""
+    _check_read_back(new, meant, after)
+    return TensorFact(new.name, "added", new.dtype, None, new.shape, None, after)
+
+
+def _check_read_back(new: TensorRef, meant: str, after: str) -> None:
     if after != meant:
         raise CheckpointError(
             "what was written does not read back",
@@ -90,9 +103,6 @@ def gathered_fact(old: TensorRef, new: TensorRef, edit: Take | None, before: str
             wanted=f"{meant[:12]}…",
             hint="the disk or the memory of this machine is at fault, or another program wrote to the file",
         )
-    if edit is None or len(edit.index) == old.shape[edit.axis]:
-        return _fact(old, new, "same", before, after)
-    return _fact(old, new, "take", before, after, axis=edit.axis, index=edit.index)
 
 
 def changes_nothing(before: Stored, edit: Edit) -> bool:

@@ -9,12 +9,14 @@ from pathlib import Path
 
 from blake3 import blake3
 
-from gemcut.checkpoint.compare import Stored, gathered_fact
+from gemcut.checkpoint.compare import Stored, gathered_fact, made_fact
 from gemcut.checkpoint.folder import write_all
 from gemcut.checkpoint.gather import new_buffer, pieces, pieces_seen
 from gemcut.checkpoint.header import Header
 from gemcut.checkpoint.ledger import Ledger
+from gemcut.checkpoint.made import Made
 from gemcut.checkpoint.read import Checkpoint, Progress
+from gemcut.errors import CheckpointError
 from gemcut.types import Edits, Take, TensorFact, TensorRef
 
 _NUDGE_BYTES = 256 << 20
@@ -29,9 +31,15 @@ class Shard:
 
     name: str
     sources: tuple[TensorRef, ...]  # tensors of the base that stay, in byte order
-    header: Header  # as it will stand in the new file; `header.tensors` run with `sources`
+    header: Header  # as it will stand in the new file: what is made, then `kept`
     omitted: tuple[TensorRef, ...]
     touched: bool  # False: byte for byte the base's
+    made: tuple[Made, ...] = ()
+
+    @property
+    def kept(self) -> tuple[TensorRef, ...]:
+        """Where the tensors of the base lie in the new file; run with `sources`."""
+        return self.header.tensors[sum(len(one.tensors) for one in self.made) :]
 
 
 class Flusher:
@@ -125,6 +133,7 @@ class Transfer:
     total: int
     _done: int = 0
     _gathered: list[_Gathered] = field(default_factory=list)
+    _made: list[tuple[TensorRef, str]] = field(default_factory=list)  # with BLAKE3 of the bytes that were given
     _buffer: memoryview = field(default_factory=new_buffer)
 
     def write(self, shard: Shard) -> None:
@@ -138,7 +147,10 @@ class Transfer:
             try:
                 write_all(fd_out, memoryview(len(header.raw).to_bytes(8, "little") + header.raw))
                 passing = _PassingThrough(fd_in, os.fstat(fd_in).st_size)
-                for ref, new in zip(shard.sources, header.tensors, strict=True):
+                places = iter(header.tensors)
+                for one in shard.made:
+                    self._fill(fd_out, shard, one, [next(places) for _ in one.tensors])
+                for ref, new in zip(shard.sources, places, strict=True):
                     self._tensor(fd_in, fd_out, shard, ref, new, passing)
             finally:
                 os.close(fd_in)
@@ -147,6 +159,24 @@ class Transfer:
             self.ledger.hash_file(target, shard.name, header.size_bytes, header.tensors)
         finally:
             self.flusher.add(fd_out)  # closes it, after what it is doing with it
+
+    def _fill(self, fd_out: int, shard: Shard, made: Made, places: list[TensorRef]) -> None:
+        left = [ref.size_bytes for ref in places]
+        digests = [blake3() for _ in places]
+        at = 0
+        for piece in made.fill():
+            self._put(fd_out, shard, piece)
+            while piece:
+                while at < len(left) and not left[at]:
+                    at += 1
+                if at == len(left):
+                    raise CheckpointError("more bytes were made than the new tensors hold", where=places[-1].name)
+                part, piece = piece[: left[at]], piece[left[at] :]
+                digests[at].update(part)
+                left[at] -= len(part)
+        if any(left):
+            raise CheckpointError("fewer bytes were made than the new tensors hold", where=places[0].name)
+        self._made += [(ref, digest.hexdigest()) for ref, digest in zip(places, digests, strict=True)]
 
     def _tensor(
         self, fd_in: int, fd_out: int, shard: Shard, ref: TensorRef, new: TensorRef, passing: _PassingThrough
@@ -200,4 +230,5 @@ class Transfer:
             gathered_fact(g.old, g.new, g.edit, g.before, g.meant, read_back(g.new.shard, g.new.name))
             for g in self._gathered
         ]
+        mine += [made_fact(ref, meant, read_back(ref.shard, ref.name)) for ref, meant in self._made]
         return (*facts, *mine), files

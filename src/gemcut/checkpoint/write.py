@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from gemcut.checkpoint.folder import MANIFEST, SUMS, copy_file, link_file, list_
 from gemcut.checkpoint.gather import check_edits, edited, is_identity
 from gemcut.checkpoint.header import MAX_HEADER_BYTES, lay_out
 from gemcut.checkpoint.ledger import Ledger
+from gemcut.checkpoint.made import NO_TENSORS, MadeTensors, check_made
 from gemcut.checkpoint.read import CONFIG, INDEX, Checkpoint, Progress, open_checkpoint
 from gemcut.checkpoint.transfer import Flusher, Shard, Transfer
 from gemcut.errors import CheckpointError, UsageError
@@ -43,24 +44,31 @@ def write_checkpoint(
     *,
     force: bool = False,
     link: bool = True,
+    made: MadeTensors = NO_TENSORS,
+    files: Callable[[], Mapping[str, bytes]] | None = None,
     progress: Progress | None = None,
 ) -> WriteReport:
-    """Write `base` with `edits` and `config` to the folder `out`.
+    """Write `base` with `edits`, `made` tensors and `config` to the folder `out`.
 
     The base's shard split, tensor order and header metadata are kept. Shards without an edit are hard-linked (`link`)
     or copied; every other file is copied byte for byte; config.json and the index are patched only where they change.
     While shards are written, threads read them back, hash them and compare them with the base: the manifest is made
     of that. `out` appears whole or not at all. Memory does not grow with the tensors.
 
+    Args:
+        made: tensors that the base does not have, computed as they are written.
+        files: what else is to lie in the folder, by name, in place of the base's; asked for after the last tensor.
     Raises:
         UsageError: `out` exists without `force`, or is the base itself, inside it or around it.
         MissingError: the disk is full or too small.
         CheckpointError: the edits do not fit, or what was written does not read back as meant.
     """
     check_edits(base.tensors, edits)
+    staying = {new.name for ref in base.tensors.values() if (new := edited(ref, edits.get(ref.name))) is not None}
+    check_made(base.tensors, made, staying)
     _refuse_overlap(base.path, out)
     refuse_existing(out, force=force)
-    shards = [shard for name in base.shards if (shard := _shard(name, base, edits)).sources]
+    shards = lay_out_shards(base, edits, made)
     others = [f for f in list_files(base.path) if f not in base.shards and f not in (CONFIG, INDEX)]
     link = link and _same_device(base.path, out)
     written = [shard for shard in shards if shard.touched or not link]
@@ -78,8 +86,12 @@ def write_checkpoint(
         for name in base.shards.keys() - {shard.name for shard in shards}:
             for ref in base.shards[name].tensors:
                 ledger.compare(Stored(base.path / name, ref), None)
+        added = {} if files is None else files()
         for name in others:
-            copy_file(base.path / name, folder / name)
+            if name not in added:
+                copy_file(base.path / name, folder / name)
+        for name, content in added.items():
+            write_bytes(folder / name, content)
         _write_config(base, config, folder)
         _write_index(base, shards, folder)
         manifest = _read_back(base, shards, folder, transfer)
@@ -87,7 +99,7 @@ def write_checkpoint(
         sums = {**manifest.files, MANIFEST: sha256_file(folder / MANIFEST)}
         write_bytes(folder / SUMS, sums_text(sums).encode())
         flusher.wait()
-        for parent in {(folder / name).parent for name in others}:
+        for parent in {(folder / name).parent for name in (*others, *added)}:
             fsync_folder(parent)
     return WriteReport(
         manifest=manifest,
@@ -115,7 +127,13 @@ def _same_device(base: Path, out: Path) -> bool:
     return base.stat().st_dev == parent.stat().st_dev
 
 
-def _shard(name: str, base: Checkpoint, edits: Edits) -> Shard:
+def lay_out_shards(base: Checkpoint, edits: Edits, made: MadeTensors = NO_TENSORS) -> list[Shard]:
+    """Every shard that will hold something: sizes are known before the first byte is written."""
+    shards = [_shard(name, base, edits, made) for name in base.shards]
+    return [shard for shard in shards if shard.header.tensors]
+
+
+def _shard(name: str, base: Checkpoint, edits: Edits, made: MadeTensors) -> Shard:
     header = base.shards[name]
     kept: list[TensorRef] = []
     new: list[TensorRef] = []
@@ -127,12 +145,14 @@ def _shard(name: str, base: Checkpoint, edits: Edits) -> Shard:
         else:
             kept.append(ref)
             new.append(after)
-    if all(is_identity(ref, edits.get(ref.name)) for ref in header.tensors):
+    mine = tuple(made[ref.name] for ref in header.tensors if ref.name in made)
+    if not mine and all(is_identity(ref, edits.get(ref.name)) for ref in header.tensors):
         return Shard(name, header.tensors, header, (), touched=False)
-    laid = lay_out(name, new, header.metadata)
+    # What is made lies in front: its numbers are wider than one byte here and there, and what stays may end anywhere.
+    laid = lay_out(name, [*(ref for one in mine for ref in one.tensors), *new], header.metadata)
     if len(laid.raw) > MAX_HEADER_BYTES:
         raise CheckpointError("the new header would be too large", where=name, got=f"{len(laid.raw)} bytes")
-    return Shard(name, tuple(kept), laid, tuple(omitted), touched=True)
+    return Shard(name, tuple(kept), laid, tuple(omitted), touched=True, made=mine)
 
 
 def _write_config(base: Checkpoint, config: Mapping[str, Json], folder: Path) -> None:
@@ -149,15 +169,17 @@ def _write_index(base: Checkpoint, shards: list[Shard], folder: Path) -> None:
     if base.index is None:
         return
     where: dict[str, str] = {}
+    added: dict[str, Json] = {}
     size_bytes = elements = 0
     for shard in shards:
-        for ref, new in zip(shard.sources, shard.header.tensors, strict=True):
+        for ref, new in zip(shard.sources, shard.kept, strict=True):
             where[ref.name] = new.name
-            size_bytes += new.size_bytes
             elements += new.elements
+        size_bytes += sum(ref.size_bytes for ref in shard.header.tensors)
+        added |= {ref.name: shard.name for one in shard.made for ref in one.tensors}
     weight_map = base.index["weight_map"]
     assert isinstance(weight_map, dict)
-    new_map = {where[name]: shard for name, shard in weight_map.items() if name in where}
+    new_map = {where[name]: shard for name, shard in weight_map.items() if name in where} | added
     if new_map == weight_map and size_bytes == base.size_bytes:
         copy_file(base.path / INDEX, folder / INDEX)
         return
@@ -166,7 +188,7 @@ def _write_index(base: Checkpoint, shards: list[Shard], folder: Path) -> None:
     metadata = dict(old) if isinstance(old, dict) else {}
     metadata["total_size"] = size_bytes
     parameters = metadata.get("total_parameters")
-    if isinstance(parameters, int):
+    if isinstance(parameters, int) and not added:  # the same weights in other numbers are as many parameters
         metadata["total_parameters"] = parameters - sum(r.elements for r in base.tensors.values()) + elements
     index["metadata"] = metadata
     index["weight_map"] = new_map
@@ -179,7 +201,8 @@ def _read_back(base: Checkpoint, shards: list[Shard], folder: Path, transfer: Tr
         known = True
     except UsageError:
         known = False
-    written = open_checkpoint(folder, base.name, any_architecture=not known)
+    altered = any(shard.made for shard in shards)  # a family knows the shapes of plain weights
+    written = open_checkpoint(folder, base.name, any_architecture=altered or not known)
     for shard in shards:
         if written.shards[shard.name].tensors != shard.header.tensors:
             raise CheckpointError("the written header reads back differently", where=shard.name)
