@@ -43,7 +43,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_both_ways_to_a_cut_file_have_one_payload(place: Path, tmp_path: Path, capsys: Capture) -> None:
-    plan, imatrix, types = ("--plan", place / "plan.json"), place / "imatrix.gguf", ("-t", "Q4_K_M", "-t", "IQ2_M")
+    plan, imatrix, types = ("--plan", place / "plan.json"), place / "imatrix.gguf", ("-t", "Q4_K_M", "-t", "IQ3_M")
     moe, small = place / "moe", tmp_path / "small"
     assert gemcut(capsys, "gguf", moe, *types, "--imatrix", imatrix, "-o", tmp_path)[0] == 0
     # the folder and its importances, each cut by the same plan

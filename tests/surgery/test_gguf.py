@@ -33,7 +33,7 @@ from gemcut.surgery.gguf import ROW_WIDE
 from gemcut.types import LayerPlan, Plan
 from tiny import make_tiny
 
-TYPES = ("Q8_0", "Q4_0", "Q4_K_M", "IQ3_M", "IQ2_XXS", "IQ1_M")
+TYPES = ("Q8_0", "Q4_0", "Q4_K_M", "IQ3_M", "IQ2_XXS")
 PLAIN = ("BF16", "Q5_1", "Q3_K_S")
 HEADS = {0: (0, 1), 1: (0, 2, 3)}  # other numbers in every layer, and a KV head less in the first
 UNITS = 10  # eight, or fewer than four, and stock mixes would choose other types for the cut
@@ -181,6 +181,7 @@ def test_heads_leave_blocks_as_they_are(tmp_path: Path, dense: Checkpoint, heads
     assert np.array_equal(said(tmp_path / "cut.gguf"), said(heads / f"dense-cut-{name}.gguf"))
 
 
+@pytest.mark.slow  # the tables of IQ1 and IQ2 types take their time
 def test_types_whose_blocks_depend_on_their_row() -> None:
     """Columns of random rows, cut before and after: the same bytes, but for what is refused."""
     rng = np.random.default_rng(0)
