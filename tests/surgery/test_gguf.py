@@ -19,6 +19,7 @@ from gemcut.checkpoint import open_checkpoint
 from gemcut.checkpoint.read import Checkpoint
 from gemcut.errors import CheckpointError, MissingError, UsageError
 from gemcut.export.imatrix import Entry, Imatrix, wants_importance, write_imatrix
+from gemcut.export.imatrix.entries import Inputs
 from gemcut.export.layout import layout_of
 from gemcut.exporting import GgufWords, after_plan, plan_export, write_export
 from gemcut.families.gguf import GgufLayout, Value
@@ -134,6 +135,25 @@ def test_cut_then_export_is_export_then_cut(
     assert changed == {f"blk.{layer}.{tail}" for layer in KEEP for tail in tails}
     assert {f.found for f in manifest.tensors} == {"take", "same"}
     assert load_manifest(tmp_path / "cut.gguf.manifest.json") == manifest
+
+
+def test_blocks_picked_of_several_roundings_are_those_of_each_expert(tmp_path: Path, moe: Checkpoint) -> None:
+    plain, rng = importances(layout_of(moe)), np.random.default_rng(2)
+    inputs = {}
+    for name, entry in plain.entries.items():
+        mean = rng.standard_normal(entry.sums.shape, np.float32)
+        inputs[name] = Inputs(mean, np.abs(mean) + 1)
+    write_imatrix(tmp_path / "picked.gguf", replace(plain, roundings=3, inputs=inputs))
+    write_imatrix(tmp_path / "plain.gguf", plain)
+    plan = expert_plan(moe)
+    save_plan(plan, tmp_path / "plan.json")
+    for imatrix, out in (("picked.gguf", "a"), ("plain.gguf", "b")):
+        export(moe, tmp_path / out, ("Q4_K_M",), tmp_path / imatrix)
+    export(after_plan(moe, tmp_path / "plan.json"), tmp_path / "a", ("Q4_K_M",), tmp_path / "picked.gguf")
+    picked, once = (open_gguf(tmp_path / out / "moe-Q4_K_M.gguf") for out in "ab")
+    assert payloads(picked) != payloads(once)
+    write_gguf_cut(plan_gguf_cut(picked, plan, "cut.gguf"), tmp_path / "cut.gguf")
+    assert payloads(open_gguf(tmp_path / "cut.gguf")) == payloads(open_gguf(tmp_path / "a" / "moe-cut-Q4_K_M.gguf"))
 
 
 def said(path: Path) -> np.ndarray:
