@@ -42,7 +42,7 @@ def some_rows(checkpoint: Checkpoint, tensor: GgufTensor, most: int) -> Iterator
     for unit in range(units):
         at = unit * rows
         pieces = [Piece(at + int(start), at + min(int(start) + _RUN, rows)) for start in starts]
-        yield np.concatenate([source.load(piece).values for piece in pieces])
+        yield np.concatenate([source.load(piece).values.copy() for piece in pieces])  # a load reuses its room
 
 
 def _pieces(rows: int, columns: int) -> Iterator[tuple[int, int]]:
