@@ -20,6 +20,8 @@ from safetensors.numpy import save_file
 from export.plain_layout import METADATA, QUANTISER, Flat, demo, plain_layout, plain_types, planned
 from gemcut.checkpoint import Checkpoint, open_checkpoint
 from gemcut.errors import CheckpointError, MissingError, UsageError
+from gemcut.export.output import bytes_to_write
+from gemcut.export.record import Journal
 from gemcut.export.run import ExportReport, export_gguf
 from gemcut.export.targets import Planned, Target, plan_target
 from gemcut.families.gguf import GgufLayout, GgufTensor
@@ -338,6 +340,48 @@ def test_a_kill_between_file_and_record_is_healed(tmp_path: Path, moe: Checkpoin
     assert export(moe, layout, plans, tmp_path).files[0].found
     assert record.read_text() == wanted
     assert not journal.exists()
+
+
+def test_a_kill_between_two_parts_is_healed(
+    tmp_path: Path, moe: Checkpoint, layout: GgufLayout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plans = planned(moe, layout, {"m": GgmlType.Q8_0}, max_shard_bytes=1 << 20)
+    names = [part.name for part in plans[0].parts]
+    replace = os.replace
+
+    def killed(old: Path, new: Path) -> None:
+        replace(old, new)
+        if Path(new).name == names[1]:
+            raise Stop
+
+    with monkeypatch.context() as patched:
+        patched.setattr("gemcut.store.os.replace", killed)
+        with pytest.raises(Stop):
+            export(moe, layout, plans, tmp_path)
+    assert [(tmp_path / name).exists() for name in names[:2]] == [False, True]
+    assert export(moe, layout, plans, tmp_path).files[0].resumed > 0
+    export(moe, layout, plans, tmp_path / "fresh")
+    assert contents(tmp_path) == contents(tmp_path / "fresh")
+    (tmp_path / "m.gguf.json").unlink()
+    with pytest.raises(UsageError, match="exists already"):
+        export(moe, layout, planned(moe, layout, {"m": GgmlType.Q8_0}, max_shard_bytes=1 << 20), tmp_path)
+
+
+def test_two_runs_do_not_write_one_file(tmp_path: Path, moe: Checkpoint, layout: GgufLayout) -> None:
+    plans = planned(moe, layout, {"m": GgmlType.Q8_0})
+    other = Journal(tmp_path / "m.gguf.partial.jsonl", "of another run")
+    with pytest.raises(UsageError, match="another run"):
+        export(moe, layout, plans, tmp_path)
+    assert not list(tmp_path.glob("*.gguf*.partial"))
+    other.close()
+    assert export(moe, layout, plans, tmp_path).files[0].quantised
+
+
+def test_force_needs_the_room_of_a_new_file(tmp_path: Path, moe: Checkpoint, layout: GgufLayout) -> None:
+    (plan,) = planned(moe, layout, {"m": GgmlType.Q8_0})
+    export(moe, layout, [plan], tmp_path)
+    assert bytes_to_write(plan, tmp_path) == 0
+    assert bytes_to_write(plan, tmp_path, force=True) == plan.size_bytes
 
 
 def test_a_full_disk_is_a_typed_error_and_leaves_no_file(tmp_path: Path, moe: Checkpoint, layout: GgufLayout) -> None:

@@ -15,7 +15,7 @@ from gemcut.export.record import JOURNAL, Fact, Journal, Record, journalled, loa
 from gemcut.export.source import Piece
 from gemcut.export.targets import Planned
 from gemcut.gguf_file import GgufFile, GgufWriter, gguf_writer, open_gguf
-from gemcut.store import PARTIAL, write_json
+from gemcut.store import PARTIAL, refuse_existing, write_json
 
 log = logging.getLogger(__name__)
 
@@ -113,12 +113,21 @@ def finished(planned: Planned, folder: Path, parent: str, quantiser: str) -> boo
     return True
 
 
-def bytes_to_write(planned: Planned, folder: Path) -> int:
+def refuse_others(planned: Planned, folder: Path) -> None:
+    """UsageError where another file has the name of a part; parts that a killed run of this very target had finished,
+    while others of its parts were not, are written again."""
+    again = journalled(folder / (planned.target.name + JOURNAL), planned.settings).keys() == planned.importance.keys()
+    for part in planned.parts:
+        if not (again and _same_header(folder / part.name, part.header, part.size_bytes)):
+            refuse_existing(folder / part.name, force=False)
+
+
+def bytes_to_write(planned: Planned, folder: Path, *, force: bool = False) -> int:
     """Disk space that a target still wants: nothing where it is there, less where a broken-off run has its room."""
-    if all(_same_header(folder / part.name, part.header, part.size_bytes) for part in planned.parts):
+    if not force and all(_same_header(folder / part.name, part.header, part.size_bytes) for part in planned.parts):
         return 0
     partials = [folder / (part.name + PARTIAL) for part in planned.parts]
-    return planned.size_bytes - sum(path.stat().st_blocks * 512 for path in partials if path.exists())
+    return max(0, planned.size_bytes - sum(path.stat().st_blocks * 512 for path in partials if path.exists()))
 
 
 def _same_header(path: Path, header: bytes, size_bytes: int) -> bool:

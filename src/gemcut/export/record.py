@@ -6,11 +6,15 @@ its own, which is checked whenever the payload is used again. So nothing here is
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import logging
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TextIO
 
 from gemcut.errors import CheckpointError, UsageError
 from gemcut.ggml.types import GgmlType
@@ -132,16 +136,13 @@ class Journal:
     """Facts of a file that is not finished, a line each; a line that a kill cut off is as if it were not there."""
 
     def __init__(self, path: Path, settings: str) -> None:
-        self.facts: dict[str, Fact] = {}
         self._path = path
-        kept = _journal_lines(path, settings)
-        self.resumed = kept is not None
-        if kept is not None:
-            self.facts = {fact.name: fact for fact in kept}
+        self._file = _locked(path)
+        self.facts = dict(journalled(path, settings))
         # written anew: a torn last line must not run into the next one
         lines = [json.dumps({"settings": settings}), *(json.dumps(asdict(fact)) for fact in self.facts.values())]
-        path.write_text("".join(line + "\n" for line in lines))
-        self._file = path.open("a", buffering=1)
+        self._file.truncate(0)
+        self._file.write("".join(line + "\n" for line in lines))
 
     def add(self, fact: Fact) -> None:
         """A tensor is complete."""
@@ -153,8 +154,27 @@ class Journal:
 
     def remove(self) -> None:
         """The record says it all now."""
-        self.close()
         self._path.unlink(missing_ok=True)
+        self.close()
+
+
+def _locked(path: Path) -> TextIO:
+    """The journal, open for appending and for this process alone; the lock goes with the process.
+
+    Raises:
+        UsageError: another run writes the same file: each would put its bytes into the other's.
+    """
+    file = path.open("a", buffering=1)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        mine = path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except OSError as error:
+        mine = error.errno not in (errno.EAGAIN, errno.EACCES)  # some network file systems have no locks
+    if not mine:  # or its run has just ended, and taken the journal away
+        file.close()
+        name = path.name.removesuffix(JOURNAL)
+        raise UsageError("another run writes this file", where=name, hint="wait for it, or choose another -o")
+    return file
 
 
 def journalled(path: Path, settings: str) -> Mapping[str, Fact]:

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from gemcut.checkpoint import Checkpoint
 from gemcut.errors import UsageError
 from gemcut.export.imatrix.blocks import quantise_blocks
-from gemcut.export.output import Earlier, Output, bytes_to_write, finished, opened, payload_hash
+from gemcut.export.output import Earlier, Output, bytes_to_write, finished, opened, payload_hash, refuse_others
 from gemcut.export.record import Fact, earlier_records
 from gemcut.export.source import Buffers, Loaded, Piece, Source, source_hash
 from gemcut.export.targets import Planned, blocks_of, count_types, importance_of, units
@@ -32,7 +32,7 @@ from gemcut.families.gguf import GgufLayout
 from gemcut.ggml.library import Library, load
 from gemcut.ggml.quantise import quantise
 from gemcut.ggml.types import GgmlType, tensor_bytes
-from gemcut.store import disk_errors, need_disk, refuse_existing
+from gemcut.store import disk_errors, need_disk
 from gemcut.types import DTYPE_BYTES
 
 Progress = Callable[[int, int, str], None]
@@ -159,10 +159,9 @@ def _export(
     parent, quantiser = checkpoint.fingerprint, library.identity
     there = [one for one in planned if not force and finished(one, out, parent, quantiser)]
     todo = [one for one in planned if one not in there]
-    for one in todo:
-        for part in one.parts:
-            refuse_existing(out / part.name, force=force)
-    need_disk(out, sum(bytes_to_write(one, out) for one in todo) + SPARE_BYTES)
+    for one in () if force else todo:
+        refuse_others(one, out)
+    need_disk(out, sum(bytes_to_write(one, out, force=force) for one in todo) + SPARE_BYTES)
     run = _Run(library, settings.threads, settings.progress, sum(_source_bytes(checkpoint, layout)))
     reports = {one.target.name: _report(one, found=True) for one in there}
     if todo:
