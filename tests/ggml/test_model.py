@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gemcut import exporting
 from gemcut.checkpoint import open_checkpoint
-from gemcut.errors import CheckpointError, UsageError
+from gemcut.errors import CheckpointError, ToolError, UsageError
 from gemcut.ggml.model import Model
 from gemcut.ggml.quantise import dequantise
 from gemcut.gguf_file.header import open_gguf
@@ -174,6 +174,14 @@ def test_a_header_that_llama_cpp_dies_of_ends_another_process(root: Path, tmp_pa
     (tmp_path / "dies.gguf").write_bytes(raw)
     with pytest.raises(CheckpointError, match=r"llama\.cpp stops on this file(?s:.*)ASSERT"):
         Model(tmp_path / "dies.gguf", threads=1)
+
+
+def test_a_trial_that_did_not_happen_is_no_pass(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copy(root / "tiny-Q8_0.gguf", tmp_path / "m.gguf")
+    (tmp_path / "ctypes.py").write_text("raise ImportError('another ctypes')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.raises(ToolError, match=r"did not start(?s:.*)another ctypes"):
+        Model(tmp_path / "m.gguf", threads=1)
 
 
 def edit(path: Path, key: bytes, old: bytes, new: bytes) -> None:

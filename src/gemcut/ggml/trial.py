@@ -11,7 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from gemcut.errors import CheckpointError, GemcutError
+from gemcut.errors import CheckpointError, GemcutError, ToolError
 from gemcut.ggml.library import ABORTED, VARIABLE, Library
 
 _LEAST_SECONDS = 60
@@ -25,6 +25,7 @@ def try_out(path: Path, size_bytes: int, library: Library) -> None:
 
     Raises:
         CheckpointError: llama.cpp would end this process, or never come back.
+        ToolError: nothing was tried.
     """
     found = path.stat()
     key = (str(path.resolve()), found.st_ino, found.st_size, found.st_mtime_ns)
@@ -41,10 +42,12 @@ def try_out(path: Path, size_bytes: int, library: Library) -> None:
         raise CheckpointError(
             "llama.cpp does not come back from this file", where=path.name, got=f"{seconds} s"
         ) from None
-    if done.returncode == ABORTED or done.returncode < 0:
+    if done.returncode:
         last = done.stderr.strip().splitlines()[-1:] or [f"signal {-done.returncode}"]
         got = re.sub(r"\S*/", "", last[0].removeprefix("error: "))
-        raise CheckpointError("llama.cpp stops on this file", where=path.name, got=got)
+        if done.returncode == ABORTED or done.returncode < 0:
+            raise CheckpointError("llama.cpp stops on this file", where=path.name, got=got)
+        raise ToolError("the process that tries a file did not start", where=path.name, got=got)
     _passed.add(key)
 
 
