@@ -262,3 +262,10 @@ def test_whatever_is_laid_out_reads_back(
     assert {key: value for key, value in found.metadata.items() if key != "general.alignment"} == metadata
     assert [found.read(name).tobytes() for name in entries] == sent
     os.unlink(path)
+
+
+def test_half_of_a_surrogate_pair_is_no_text() -> None:
+    with pytest.raises(CheckpointError, match="no Unicode") as caught:
+        lay_out({"tokenizer.ggml.tokens": Value("str", ("good", "\ud83d"))}, [])
+    assert "tokenizer.ggml.tokens" in str(caught.value)
+    assert str(caught.value).isascii()

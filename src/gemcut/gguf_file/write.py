@@ -71,6 +71,7 @@ def lay_out(
 
     Raises:
         UsageError: a value that its type cannot hold, a name that no reader takes, columns that do not fit the type.
+        CheckpointError: a text that is no Unicode.
     """
     said = metadata.get(ALIGNMENT_KEY)
     alignment = alignment or (said.value if said is not None and isinstance(said.value, int) else ALIGNMENT)
@@ -167,6 +168,8 @@ def _pair(key: str, value: Value) -> bytes:
             return head + b"".join([_text(str(one)) for one in members])
         form = "?" if value.kind == "bool" else SCALARS[value.kind]
         return head + struct.pack(f"<{len(members)}{form}", *members)
+    except UnicodeEncodeError as error:  # JSON can say half of a surrogate pair
+        raise CheckpointError("a metadata text is no Unicode", where=key, got=ascii(error.object)[:80]) from None
     except (struct.error, OverflowError, TypeError) as error:
         raise UsageError(f"a metadata value does not fit its type: {error}", where=key, wanted=value.kind) from None
 
