@@ -53,6 +53,7 @@ def test_a_dry_run_says_the_size_to_the_byte_and_writes_nothing(
     assert gemcut(capsys, *args)[0] == 0
     file = read_gguf(out_folder / "demo-dense-Q8_0.gguf")
     assert said["files"][0]["size_bytes"] == file.size_bytes == said["write_bytes"]
+    assert {"F16"} == {kind for one in said["files"][0]["kinds"] if one["role"] == "attn_k" for kind in one["types"]}
     assert {r.kind.name for r in file.tensors.values() if "attn_k.weight" in r.name} == {"F16"}
     code, out, _ = gemcut(capsys, *args, "--dry-run")
     assert f"{file.size_bytes:,}" in out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import enum
 import json
 import logging
 import math
@@ -138,6 +139,8 @@ def plain(value: object) -> Any:
         return [plain(v) for v in value]
     if isinstance(value, float):
         return value if math.isfinite(value) else None
+    if isinstance(value, enum.Enum):
+        return value.name
     if isinstance(value, (str, int, bool)) or value is None:
         return value
     if isinstance(value, Path):
