@@ -8,7 +8,7 @@ from typing import Any
 
 from demo.train.document import CLASSES
 
-FOLDERS = ("moe", "dense", "moe-drafter", "dense-drafter", "corpus", "results")
+FOLDERS = ("moe", "dense", "moe-drafter", "dense-drafter", "moe-vision", "corpus", "results")
 FILES = ("moe-routing.json",)
 BEGIN, END = "<!-- tables: written by demo.train.record -->", "<!-- end of tables -->"
 NAMES = {"moe": "mixture of experts", "dense": "dense"}
@@ -148,6 +148,26 @@ def drafter_tables(demo: Path) -> str:
     )
 
 
+def vision_tables(demo: Path) -> str:
+    """Answers about pictures never seen, and how the tower learned."""
+    lines = ["| question | asked | right | 95 % interval | chance |", "|---|---|---|---|---|"]
+    for kind, row in _read(demo / "results" / "moe-vision.json")["kinds"].items():
+        low, high = row["interval"]
+        lines.append(f"| {kind} | {row['asked']} | {row['right']} | {low:.3f} to {high:.3f} | {row['chance']:.3f} |")
+    curve = ["| stage | step | training loss | right |", "|---|---|---|---|"]
+    for line in (demo / "results" / "moe-vision-log.jsonl").read_text(encoding="utf-8").splitlines():
+        record = json.loads(line)
+        if record["step"] % 60 == 0 or record["step"] in (180, 220):
+            right = record["right"]
+            shown = ", ".join(f"{x:.2f}" for x in (right if isinstance(right, list) else [right]))
+            curve.append(f"| {record['stage']} | {record['step']} | {record['loss']:.3f} | {shown} |")
+    said = (
+        "Right, while it learns to see: colour and shape of the figure in its cell, then colour, shape and number of "
+        "the picture in every cell; while it learns to tell: tokens of the answers. One batch each."
+    )
+    return "\n\n".join(("\n".join(lines), said, "\n".join(curve)))
+
+
 def tables(demo: Path) -> str:
     """All tables under their headings."""
     parts = (
@@ -156,6 +176,7 @@ def tables(demo: Path) -> str:
         ("Routing", routing_tables(demo)),
         ("Curve", curve_table(demo)),
         ("Drafters", drafter_tables(demo)),
+        ("Pictures", vision_tables(demo)),
         ("Hashes", "```\n" + "\n".join(f"{digest}  {name}" for name, digest in hashes(demo).items()) + "\n```"),
     )
     return "\n\n".join(f"### {title}\n\n{body}" for title, body in parts)
