@@ -65,6 +65,11 @@ def test_both_ways_to_a_cut_file_have_one_payload(place: Path, tmp_path: Path, c
             assert (ref.kind, ref.shape) == (b.ref(name).kind, b.ref(name).shape)
             assert a.read(name).tobytes() == b.read(name).tobytes()
         assert str(tmp_path) not in (tmp_path / f"cut-{kind}.gguf.manifest.json").read_text()
+    # the other way's file has names of its own
+    code, _, err = gemcut(capsys, "verify", b.path, "--base", source, *plan)
+    assert code == 4
+    assert "metadata is not what the plan makes" in err
+    assert "got 'Small', wanted 'Moe'" in err
 
 
 def test_cut_verify_and_diff(place: Path, tmp_path: Path, capsys: Capture) -> None:

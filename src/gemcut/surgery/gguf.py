@@ -228,10 +228,6 @@ def verify_gguf_cut(cut: GgufCut, out: GgufFile, *, progress: Progress | None = 
     said = {key: value for key, value in out.metadata.items() if not key.startswith(CUT)}
     differ = next((key for key in {**meant, **said} if repr(meant.get(key)) != repr(said.get(key))), None)
     if differ is not None:
-        raise CheckpointError(
-            "the metadata is not what the plan makes of it",
-            where=differ,
-            got=repr(said.get(differ))[:80],
-            wanted=repr(meant.get(differ))[:80],
-        )
+        got, wanted = (repr(side[differ].value)[:80] if differ in side else "no such key" for side in (said, meant))
+        raise CheckpointError("the metadata is not what the plan makes of it", where=differ, got=got, wanted=wanted)
     return manifest
