@@ -33,7 +33,6 @@ from gemcut.ggml.library import Library, load
 from gemcut.ggml.quantise import quantise
 from gemcut.ggml.types import GgmlType, tensor_bytes
 from gemcut.store import disk_errors, need_disk
-from gemcut.types import DTYPE_BYTES
 
 Progress = Callable[[int, int, str], None]
 _AHEAD = 3  # pieces in flight a thread: enough that none waits for the next read
@@ -162,13 +161,14 @@ def _export(
     for one in () if force else todo:
         refuse_others(one, out)
     need_disk(out, sum(bytes_to_write(one, out, force=force) for one in todo) + SPARE_BYTES)
-    run = _Run(library, settings.threads, settings.progress, sum(_source_bytes(checkpoint, layout)))
+    sources = _sources(checkpoint, layout)
+    run = _Run(library, settings.threads, settings.progress, sum(source.size_bytes for source in sources))
     reports = {one.target.name: _report(one, found=True) for one in there}
     if todo:
         earlier = Earlier(out, list(earlier_records(out)), quantiser)
         with contextlib.ExitStack() as stack:
             outputs = [stack.enter_context(opened(one, out, parent, quantiser)) for one in todo]
-            run.all(_sources(checkpoint, layout), outputs, earlier)
+            run.all(sources, outputs, earlier)
         reports |= {output.planned.target.name: _report(output.planned, output) for output in outputs}
     return reports, run
 
@@ -176,12 +176,6 @@ def _export(
 def _sources(checkpoint: Checkpoint, layout: GgufLayout) -> list[Source]:
     buffers = Buffers()
     return sorted((Source(checkpoint, tensor, buffers) for tensor in layout.tensors), key=lambda source: source.place)
-
-
-def _source_bytes(checkpoint: Checkpoint, layout: GgufLayout) -> Iterator[int]:
-    for tensor in layout.tensors:
-        if tensor.source is not None:
-            yield checkpoint.ref(tensor.source).size_bytes
 
 
 def _report(planned: Planned, output: Output | None = None, *, found: bool = False) -> FileReport:
@@ -252,7 +246,7 @@ class _Run:
             digest = source_hash(list(pool.map(source.hash, pieces)))
             left = [group for group in left if not _take(group, name, digest, pieces, earlier)]
         if not left:
-            self._advance(source, pieces[-1].stop if pieces else 0)
+            self._advance(source, Piece(0, source.rows))
             return None
         return _Work(source, left, len(pieces))
 
@@ -307,15 +301,15 @@ class _Run:
                 fact = Fact(work.source.tensor.name, group.kind.name, source, group.importance, payload_hex)
                 for output in group.outputs:
                     output.add(fact)
-        self._advance(work.source, piece.stop - piece.first)
+        self._advance(work.source, piece)
 
-    def _advance(self, source: Source, rows: int) -> None:
-        if source.tensor.source is None:
-            return
-        size = rows * source.columns * DTYPE_BYTES[source.dtype]
+    def _advance(self, source: Source, piece: Piece) -> None:
+        """Count what the piece was on disk, where a tensor may have fewer rows and columns than in the file."""
+        size, rows = source.size_bytes, max(source.rows, 1)
+        size = size * piece.stop // rows - size * piece.first // rows
         self.read_bytes += size
         self._done += size
-        if self._progress is not None:
+        if size and self._progress is not None:
             self._progress(self._done, self._total, "quantise")
 
 

@@ -114,6 +114,11 @@ class Source:
         return prod(self.tensor.shape[:-1])
 
     @property
+    def size_bytes(self) -> int:
+        """On disk; 0 of values that no checkpoint stores."""
+        return 0 if self.tensor.source is None else self.checkpoint.ref(self.tensor.source).size_bytes
+
+    @property
     def place(self) -> tuple[str, int]:
         """Shard and offset: the order in which the disk is read."""
         if self.tensor.source is None:

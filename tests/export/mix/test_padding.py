@@ -77,10 +77,14 @@ def test_values_are_those_stored_with_zeros_behind(model: Checkpoint, layout: Gg
 def test_a_padded_file_computes_the_same(model: Checkpoint, tmp_path: Path) -> None:
     tokens = np.arange(5, 45, dtype=np.int64)
     logits = []
+    seen: list[tuple[int, int]] = []
     for pad in (False, True):
         words = GgufWords(("F32",), pad_experts=pad)
         (export,) = plan_export(model, words)
-        write_export((export,), tmp_path, threads=1)
+        (report,) = write_export((export,), tmp_path, threads=1, progress=lambda *said: seen.append(said[:2]))
+        assert report.read_bytes == export.read_bytes  # the zeros are not read
+        assert max(seen) == seen[-1] == (export.read_bytes, export.read_bytes)
+        seen.clear()
         path = tmp_path / export.planned[0].target.name
         assert path.name.endswith("-padded.gguf") == pad
         assert read_gguf(path).value("gemma4.expert_feed_forward_length") == (256 if pad else 32)
