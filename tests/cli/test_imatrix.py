@@ -115,10 +115,15 @@ def test_auto_says_who_won(place: Path, tmp_path: Path, capsys: Capture) -> None
         (("{stats}", "--for", "IQ2_M"), "belongs to auto"),
         (("{stats}", "--variant", "rms4", "--merge", "x"), "only sums of squares"),
         (("{stats}", "--model", "{moe}", "--merge", "nothing.gguf"), "no such imatrix"),
+        (("{stats}", "--model", "{moe}", "--max-tokens", "9"), "--max-tokens would change nothing here"),
+        (("{file}", "--roundings", "8"), "--roundings would change nothing here"),
+        (("{file}", "--prior", "64"), "wanted statistics, or a model"),
     ],
 )
 def test_wrong_words(place: Path, tmp_path: Path, words: tuple[str, ...], said: str, capsys: Capture) -> None:
-    given = [word.format(moe=place / "moe", stats=place / "stats") for word in words]
+    file = tmp_path / "there.gguf"
+    file.touch()
+    given = [word.format(moe=place / "moe", stats=place / "stats", file=file) for word in words]
     code, _, err = gemcut(capsys, "imatrix", *given, "-o", tmp_path / "i.gguf")
     assert code == 2
     assert said in err

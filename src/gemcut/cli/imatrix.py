@@ -74,6 +74,7 @@ def imatrix(
     if path.is_file():
         if variant != "plain" or corpus:
             raise UsageError("sums of squares are all that this file has", got="--variant or --corpus", wanted="STATS")
+        options.refuse("roundings", "prior", "max_tokens", "device", "sets", wanted="statistics, or a model")
         made, layout = imatrices.from_files(path, words, model, Path(plan_file) if plan_file else None)
         if dry_run:
             talk.result(
@@ -84,6 +85,8 @@ def imatrix(
     else:
         if plan_file:
             raise UsageError("a plan cuts an importance matrix that exists", got=source, wanted="its file")
+        if not corpus:
+            options.refuse("max_tokens", "device", "sets", wanted="a model, and --corpus")
         said = {"corpus": corpus, "max_tokens": max_tokens, "device": device}
         asked = imatrices.source_of(source, model, said if corpus else None, sets, target_file)
         if dry_run:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import click
+from click.core import ParameterSource
 
 from gemcut.cli.console import Talk
 
@@ -33,3 +34,17 @@ def talk(function: F) -> F:
 force = click.option("--force", is_flag=True, help="Replace an existing output.")
 dry_run = click.option("--dry-run", is_flag=True, help="Say what would be read, written and needed; do nothing.")
 out_folder = click.option("-o", "--out", required=True, type=click.Path(), help="The folder to write.")
+
+
+def refuse(*names: str, wanted: str) -> None:
+    """Parameters that would change nothing here, so that nobody believes they did.
+
+    Raises:
+        UsageError: one of them was given.
+    """
+    from gemcut.errors import UsageError
+
+    context = click.get_current_context()
+    for option in context.command.params:
+        if option.name in names and context.get_parameter_source(option.name) is ParameterSource.COMMANDLINE:
+            raise UsageError(f"{option.opts[0]} would change nothing here", wanted=wanted)
