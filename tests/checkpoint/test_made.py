@@ -70,6 +70,15 @@ def test_new_tensors_lie_in_the_shard_of_the_one_they_stand_for(base: Checkpoint
     assert diff(base, written).fingerprint == report.manifest.fingerprint
 
 
+def test_under_the_name_of_the_tensor_that_it_stands_for(base: Checkpoint, tmp_path: Path) -> None:
+    codes = np.arange(48, dtype=np.uint8).reshape(4, 12)
+    new = made((DOWN, codes), dtypes=("U8",))
+    report = write_checkpoint(base, {DOWN: Omit()}, base.config, tmp_path / "out", made={DOWN: new})
+    (fact,) = [fact for fact in report.manifest.tensors if fact.found != "same"]
+    assert (fact.name, fact.found, fact.dtype, fact.shape_after) == (DOWN, "reshaped", "U8", (4, 12))
+    assert verify(open_checkpoint(tmp_path / "out", any_architecture=True), base).record_checked
+
+
 def test_beside_a_tensor_that_stays(base: Checkpoint, tmp_path: Path) -> None:
     new = made(("y", np.array([1, 2], np.float32)), dtypes=("F32",))
     write_checkpoint(base, {}, base.config, tmp_path / "out", made={SCALAR: new})

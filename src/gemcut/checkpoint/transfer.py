@@ -154,8 +154,10 @@ class Transfer:
                     self._tensor(fd_in, fd_out, shard, ref, new, passing)
             finally:
                 os.close(fd_in)
-            for ref in shard.omitted:
-                self.ledger.compare(Stored(source, ref), None)
+            places_of = {ref.name: ref for ref in header.tensors}
+            for ref in shard.omitted:  # what is made may have the name of what it stands for
+                after = Stored(target, places_of[ref.name]) if ref.name in places_of else None
+                self.ledger.compare(Stored(source, ref), after)
             self.ledger.hash_file(target, shard.name, header.size_bytes, header.tensors)
         finally:
             self.flusher.add(fd_out)  # closes it, after what it is doing with it
@@ -230,5 +232,6 @@ class Transfer:
             gathered_fact(g.old, g.new, g.edit, g.before, g.meant, read_back(g.new.shard, g.new.name))
             for g in self._gathered
         ]
-        mine += [made_fact(ref, meant, read_back(ref.shard, ref.name)) for ref, meant in self._made]
-        return (*facts, *mine), files
+        compared = {fact.name for fact in facts}
+        made = [made_fact(ref, meant, read_back(ref.shard, ref.name)) for ref, meant in self._made]
+        return (*facts, *mine, *(fact for fact in made if fact.name not in compared)), files

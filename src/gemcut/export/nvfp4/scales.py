@@ -13,9 +13,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal, TypeAlias, get_args
 
+import numpy as np
 import torch
 
 from gemcut.export.nvfp4.codec import GROUP, LARGEST_SCALE, SMALLEST_SCALE, fp8_of_largest, round_e2m1, to_fp8
+from gemcut.types import F64
 
 Method: TypeAlias = Literal["minmax", "four_over_six", "sweep", "weighted"]
 METHODS: tuple[Method, ...] = get_args(Method)
@@ -81,9 +83,8 @@ def _error(
     return spare.sum(0)
 
 
-def column_weights(mean_squares: torch.Tensor) -> torch.Tensor:
+def column_weights(mean_squares: F64) -> torch.Tensor:
     """E[a²] of every input column [F] → float32 [16, 1, F/16], with mean 1; all ones where nothing was ever seen."""
-    mean = mean_squares.double().mean()
-    ones = torch.ones_like(mean_squares, dtype=torch.float32)
-    even = (mean_squares.double() / mean).float() if mean > 0 else ones
-    return even.view(-1, GROUP).T.reshape(GROUP, 1, -1).contiguous()
+    mean = float(mean_squares.mean())
+    even = mean_squares / mean if mean > 0 else np.ones_like(mean_squares)
+    return torch.from_numpy(np.ascontiguousarray(even.astype(np.float32).reshape(-1, GROUP).T[:, None]))
