@@ -32,7 +32,6 @@ from gemcut.records import load_plan
 from gemcut.surgery import cut_for_gguf
 
 Progress = Callable[[int, int, str], None]
-PROJECTORS = ("F32", "F16", "BF16", "Q8_0")
 _BASE_MEMORY_BYTES = 200 << 20  # the interpreter, numpy and the library
 _HEADER_COPIES = 16  # a vocabulary as Python strings, and as bytes once for each file
 
@@ -44,7 +43,7 @@ class GgufWords:
     """What is asked for.
 
     types: file types and ContribDynamic tiers of the model file.   mix: sizes and cards to solve for.
-    overrides: `REGEX=TYPE`, over each of them.   projector: type of the mmproj file, "" for none.   imatrix: its file.
+    overrides: `REGEX=TYPE`, over each of them.   projectors: types of mmproj files.   imatrix: its file.
     max_shard_bytes: payload of a part; None for files in one piece.   pad_experts: see `mix.padding`.
     """
 
@@ -52,7 +51,7 @@ class GgufWords:
     imatrix: Path | None = None
     overrides: tuple[str, ...] = ()
     max_shard_bytes: int | None = None
-    projector: str = ""
+    projectors: tuple[str, ...] = ()
     mix: MixWords = NOTHING
     pad_experts: bool = False
 
@@ -146,7 +145,7 @@ def plan_export(
         CheckpointError: the imatrix is damaged or of another model; the tokenizer cannot be written.
         MissingError: the quantisers' library is not installed.
     """
-    if not words.types and not words.projector and not words.mix.asked:
+    if not words.types and not words.projectors and not words.mix.asked:
         raise UsageError("no file type was asked for", hint=f"-t {', -t '.join(('Q4_K_M', 'IQ3_M'))}")
     library = load() if library is None else library
     given = overrides.parse_overrides(words.overrides)
@@ -174,16 +173,14 @@ def plan_export(
             for mix in mixes:
                 planned.append(files.plan(layout, f"{stem}-{mix.name}{suffix}.gguf", mix.solution.types, mix.number))
         exports.append(Export(checkpoint, layout, tuple(planned), mixes))
-    if words.projector:
+    if words.projectors:
         layout = vision_layout_of(checkpoint)
-        kind = stock.file_type(words.projector)
         files = _Files(checkpoint, library, GgufWords((), max_shard_bytes=None), None, None)
-        name = f"mmproj-{file_stem(checkpoint)}-{kind.name}.gguf"
-        exports.append(
-            Export(
-                checkpoint, layout, (files.plan(layout, name, mixing.projector_types(layout, kind.base), kind.number),)
-            )
-        )
+        planned = []
+        for kind in dict.fromkeys(stock.file_type(name) for name in words.projectors):
+            name = f"mmproj-{file_stem(checkpoint)}-{kind.name}.gguf"
+            planned.append(files.plan(layout, name, mixing.projector_types(layout, kind.base), kind.number))
+        exports.append(Export(checkpoint, layout, tuple(planned)))
     return tuple(exports)
 
 
@@ -216,18 +213,58 @@ def file_stem(checkpoint: Checkpoint) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", checkpoint.name.rstrip("/").rsplit("/", 1)[-1]).strip("-.") or "model"
 
 
-def estimate(exports: Sequence[Export], out: Path, threads: int) -> GgufPreflight:
-    """Sizes to the byte, and a refusal of what cannot finish.
-
-    Raises:
-        MissingError: the disk or the memory is too small.
-    """
+def costs_of(exports: Sequence[Export]) -> list[FileCost]:
+    """What each planned file weighs, to the byte."""
     files = []
     for export in exports:
         for plan in export.planned:
             header = plan.parts[0].data_start
             kinds = sizes.file_size(header, plan.target.types, export.layout).kinds
             files.append(FileCost(plan.target.name, len(plan.parts), plan.size_bytes, plan.bits_per_weight, kinds))
+    return files
+
+
+def presumed_costs(
+    checkpoint: Checkpoint, words: GgufWords, library: Library, *, imatrix: bool
+) -> tuple[list[FileCost], int]:
+    """Files of `words.types` before there is an importance matrix, and the bytes of their header.
+
+    Exact for stock file types, but for what provenance says of the importances (some hundred bytes). ContribDynamic
+    tiers have each band's number of layers; which layers these are shifts the size where layers differ.
+
+    Args:
+        imatrix: one will be there.
+    Raises:
+        UsageError: an unknown type or tier, a pattern that binds nothing, or a type that needs importances.
+    """
+    given, layout = overrides.parse_overrides(words.overrides), layout_of(checkpoint)
+    layout = padding.pad_experts(layout) if words.pad_experts else layout
+    suffix = "-padded" if words.pad_experts else ""
+    files = _Files(checkpoint, library, words, None, None)
+    trial = files.plan(layout, "trial.gguf", stock.stock_types("Q8_0", layout, imatrix=False), 0)
+    header, found = trial.parts[0].data_start, []
+    for asked in dict.fromkeys(name.strip().upper() for name in words.types):
+        if asked.startswith("CD-"):
+            falling = [float(layout.layers - i) for i in range(layout.layers)]
+            types = contribution.tier_types(asked, layout, falling) | overrides.decided(layout, given)
+        else:
+            types = stock.stock_types(asked, layout, imatrix=imatrix, overrides=given)
+        if not imatrix:
+            _refuse_starved(asked, asked if asked.startswith("CD-") else stock.file_type(asked).name, types, None)
+        size = sizes.file_size(header, types, layout)
+        bits = 8 * size.payload_bytes / max(size.elements, 1)
+        name = f"{file_stem(checkpoint)}-{asked}{suffix}.gguf"
+        found.append(FileCost(name, 1, size.size_bytes, bits, size.kinds))
+    return found, header
+
+
+def estimate(exports: Sequence[Export], out: Path, threads: int) -> GgufPreflight:
+    """Sizes to the byte, and a refusal of what cannot finish.
+
+    Raises:
+        MissingError: the disk or the memory is too small.
+    """
+    files = costs_of(exports)
     write = sum(bytes_to_write(plan, out) for export in exports for plan in export.planned)
     headers = sum(part.data_start for export in exports for plan in export.planned for part in plan.parts)
     memory = _BASE_MEMORY_BYTES + _HEADER_COPIES * headers // max(len(files), 1) + headers

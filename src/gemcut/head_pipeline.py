@@ -1,6 +1,6 @@
 """The order of stages of a recipe about heads; see `pipeline` for the run folder.
 
-    observe → (importance) → plan → heal → cut → verify → canary → (salvage) → kld → report
+    observe → (importance) → plan → heal → cut → verify → canary → (salvage) → (gguf, see gguf_pipeline) → kld → report
 
 Where the canary fails and the recipe allows it, the largest set of layers that passes stays cut and the others get the
 base's bytes back: a second cut, verified and measured like the first.
@@ -9,10 +9,12 @@ base's bytes back: a second cut, verified and measured like the first.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from gemcut import head_stages, records, stages, store
 from gemcut.canary import CANARY, refuse_failed
 from gemcut.errors import UsageError
+from gemcut.gguf_pipeline import quantise
 from gemcut.jobs import MODEL, STATISTICS, Job, heal_in, healed_of
 from gemcut.recipe import STAGES, CanaryWords, HeadWords
 from gemcut.records.canary import load_canary
@@ -20,6 +22,9 @@ from gemcut.records.importance import load_importance
 from gemcut.runs import Progress, Run, Stage
 from gemcut.score.heads import head_criterion_named
 from gemcut.types import Plan
+
+if TYPE_CHECKING:
+    from gemcut.report import ReportData
 
 IMPORTANCE = "importance"  # inside the importance stage's folder
 
@@ -38,6 +43,8 @@ class HeadJob(Job):
             )
         super().__init__(result, force, progress)
         self.words: HeadWords = recipe.plan
+        assert recipe.score is not None  # it goes with a plan
+        self.choice = recipe.score
         self.name = recipe.score.name
 
     def until(self, name: str) -> None:
@@ -67,10 +74,13 @@ class HeadJob(Job):
                 asked = self.canary("salvaged", self.recipe.canary, cut)
                 refuse_failed(load_canary(asked.folder / CANARY))
                 self.result.model = cut.folder / MODEL
+        plan = plan_in(stays)
+        model = self.cut_model(f"h{plan.units - max((len(one.drop) for one in plan.layers.values()), default=0)}")
+        quantised = quantise(self, last, model, cut)
         if last >= STAGES.index("kld") and self.recipe.kld is not None:
             self.measure(self.recipe.kld, {self.name: cut})
         if last >= STAGES.index("report"):
-            self.report(planned, stays, heal, verified, asked)
+            self.report(planned, stays, heal, verified, asked, self.facts(model, quantised))
         stages.kld_gate(self.recipe.kld, self.result.measured or {}, self.name)
 
     # ------------------------------------------------------------ one method per stage
@@ -96,7 +106,7 @@ class HeadJob(Job):
         )
 
     def plan(self, observed: Stage) -> Stage:
-        choice = self.recipe.score
+        choice = self.choice
         measured = self.importance(choice.criterion) if head_criterion_named(choice.criterion).measured else None
         parents = (observed.key, *((measured.key,) if measured else ()))
 
@@ -148,14 +158,21 @@ class HeadJob(Job):
 
         return self.stage("salvage", "", {}, (asked.key,), build)
 
-    def report(self, planned: Stage, stays: Stage, heal: Stage | None, verified: Stage, asked: Stage | None) -> None:
+    def report(
+        self,
+        planned: Stage,
+        stays: Stage,
+        heal: Stage | None,
+        verified: Stage,
+        asked: Stage | None,
+        facts: ReportData,
+    ) -> None:
         from gemcut import reporting  # matplotlib takes a second that the other stages need not wait for
 
         plan = plan_in(stays)
-        dropped = max((len(one.drop) for one in plan.layers.values()), default=0)
         self.result.report = reporting.write_heads(
             self.recipe,
-            self.facts(f"h{plan.units - dropped}"),
+            facts,
             plan=plan,
             restored=tuple(sorted(set(plan_in(planned).layers) - set(plan.layers))),
             heal=heal_in(heal),

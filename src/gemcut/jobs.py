@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gemcut import head_stages, models, records, stages, store
-from gemcut.checkpoint import open_checkpoint
+from gemcut.checkpoint import Checkpoint, open_checkpoint
 from gemcut.recipe import Measure
 from gemcut.records.heal import HEAL_FILE, HealReport, load_heal
 from gemcut.runs import Progress, Run, Stage, Stages
 
 if TYPE_CHECKING:
+    from gemcut.gguf_stages import Quantised
     from gemcut.report import ReportData
 
 STATISTICS = "statistics"  # inside the observe stage's folder
@@ -31,16 +32,18 @@ class Job:
         self.stage = Stages(result, force=force)
         self.base = models.open_model(self.recipe.model)
 
-    def observe(self) -> Stage:
+    def observe(self, model: Checkpoint | None = None, label: str = "", parents: tuple[str, ...] = ()) -> Stage:
+        """The streamed pass over the recipe's model, or over another one that was made of it."""
         words = self.recipe.observe
-        corpus = stages.corpus_of(words, self.base)
+        observed = model or self.base
+        corpus = stages.corpus_of(words, observed)
         return self.stage(
             "observe",
-            "",
-            stages.observe_key(self.base, corpus, words),
-            (),
+            label,
+            stages.observe_key(observed, corpus, words),
+            parents,
             lambda folder: stages.observe(
-                self.base, corpus, folder / STATISTICS, words, force=self.force, progress=self.progress
+                observed, corpus, folder / STATISTICS, words, force=self.force, progress=self.progress
             ),
         )
 
@@ -107,7 +110,7 @@ class Job:
     def measure(self, words: Measure, cuts: Mapping[str, Stage]) -> None:
         """KLD of every candidate, by the criterion's name."""
         corpus = stages.corpus_of(words, self.base)
-        settings = words.model_dump(mode="json", exclude={"corpus", "max_mean_nats"})
+        settings = words.model_dump(mode="json", exclude={"corpus", "max_mean_nats", "floor"})
         done = self.stage(
             "kld",
             "",
@@ -124,18 +127,27 @@ class Job:
         )
         self.result.measured = stages.measured(done.folder, list(cuts))
 
-    def facts(self, suffix: str) -> ReportData:
-        """What the report says whatever was cut; the cut is called by its base's last name and the suffix."""
-        from gemcut import reporting  # matplotlib takes a second that the other stages need not wait for
-
+    def cut_model(self, suffix: str) -> Checkpoint:
+        """The cut, called by its base's last name and the suffix."""
         assert self.result.model is not None
         name = f"{self.base.name.rpartition('/')[2].partition('@')[0].replace(':', '-')}-{suffix}"
+        return open_checkpoint(self.result.model, name)
+
+    def times(self) -> list[tuple[str, float, int]]:
+        """Seconds and peak memory of the stages."""
+        return [(s.folder.name.rsplit("-", 1)[0], s.seconds, s.peak_rss_bytes) for s in self.result.done]
+
+    def facts(self, cut: Checkpoint, quantised: Quantised | None) -> ReportData:
+        """What the report says whatever was cut."""
+        from gemcut import reporting  # matplotlib takes a second that the other stages need not wait for
+
         return reporting.facts(
             self.recipe,
             self.base,
-            open_checkpoint(self.result.model, name),
+            cut,
             measured=self.result.measured or {},
-            times=[(s.folder.name.rsplit("-", 1)[0], s.seconds, s.peak_rss_bytes) for s in self.result.done],
+            times=self.times(),
+            quantised=quantised,
         )
 
 

@@ -23,7 +23,7 @@ from gemcut.types import Json
 
 Progress = Callable[[int, int, str], None]
 DAMAGES_FILE = "damages.json"
-MMPROJ = "mmproj"
+MMPROJ, DRAFTER = "mmproj", "drafter"
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,9 +126,7 @@ def solve_mixes(
     fixed = overrides.decided(layout, by_hand)
     budgets: list[tuple[str, int, fit.Fit | None]] = [(size_name(size), size, None) for size in words.sizes]
     for one in words.fits:
-        found = fit.weights_budget(
-            layout, one.memory_bytes, context=one.context, cache=one.cache, others=dict(one.others)
-        )
+        found = weights_of(layout, one)
         budgets.append((f"fit-{size_name(one.memory_bytes)}", found.weights_bytes, found))
     earlier = measure.load_damages(words.damages) if words.damages is not None and words.damages.exists() else None
     damages = measure.measure_damages(
@@ -147,27 +145,48 @@ def solve_mixes(
     return tuple(mixes)
 
 
+def weights_of(layout: GgufLayout, card: FitWords) -> fit.Fit:
+    """What a card leaves for the weights. Raises as `fit.weights_budget`."""
+    return fit.weights_budget(
+        layout, card.memory_bytes, context=card.context, cache=card.cache, others=dict(card.others)
+    )
+
+
 def card_words(
-    checkpoint: Checkpoint, memory_bytes: int, context: int, cache: str, beside: str | None, projector: str
-) -> tuple[FitWords]:
-    """A card in the words of the command line.
+    checkpoint: Checkpoint,
+    memory_bytes: int,
+    context: int,
+    cache: str,
+    beside: Sequence[str] = (),
+    *,
+    projector: str = "Q8_0",
+    drafter_bytes: int | None = None,
+) -> FitWords:
+    """A card in the words of the command line and of recipes.
 
     Args:
-        beside: `mmproj` (this checkpoint's, of the type `projector`) and paths of GGUF files, parted by commas.
+        beside: `mmproj` (this checkpoint's, of the type `projector`), `drafter`, and paths of GGUF files.
+        drafter_bytes: size of the drafter's file; None where there is none.
     Raises:
-        UsageError: no such type, no such file, or no vision tower.
+        UsageError: no such type, no such file, no vision tower, or no drafter.
     """
     others = []
-    for word in filter(None, (part.strip() for part in (beside or "").split(","))):
-        if word == MMPROJ:
+    for word in beside:
+        if word == DRAFTER and drafter_bytes is not None:
+            others.append((DRAFTER, drafter_bytes))
+        elif word == DRAFTER:
+            raise UsageError("a drafter lies beside the model, and none is named", got=word, hint="--drafter MODEL")
+        elif word == MMPROJ:
             layout = vision_layout_of(checkpoint)
             kind = stock.file_type(projector).base
             others.append((MMPROJ, file_size(0, projector_types(layout, kind), layout).size_bytes))
         elif Path(word).is_file():
             others.append((Path(word).name, Path(word).stat().st_size))
         else:
-            raise UsageError("nothing that could lie beside the model", got=word, wanted=f"{MMPROJ} or a GGUF file")
-    return (FitWords(memory_bytes, context, parse_type(cache), tuple(others)),)
+            raise UsageError(
+                "nothing that could lie beside the model", got=word, wanted=f"{MMPROJ}, {DRAFTER} or a GGUF file"
+            )
+    return FitWords(memory_bytes, context, parse_type(cache), tuple(others))
 
 
 def projector_types(layout: GgufLayout, kind: GgmlType) -> dict[str, GgmlType]:

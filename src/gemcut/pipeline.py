@@ -3,6 +3,7 @@
     runs/NAME/
       recipe.yaml  resolved.yaml             as written · every default filled in
       observe-KEY/  plan-LABEL-KEY/  cut-LABEL-KEY/model/  verify-LABEL-KEY/  kld-KEY/
+      imatrix-KEY/  curvature-KEY/  gguf-KEY/files/  kld-gguf-KEY/   see `gguf_pipeline`
       report/{index.html, README.md, *.svg}  the page and the card
     Every stage folder has a stage.json, written last: key, parameters, parents, seconds, peak memory, stack.
 
@@ -15,13 +16,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from gemcut import stages, store
 from gemcut.errors import UsageError
+from gemcut.gguf_pipeline import GgufJob, quantise
 from gemcut.head_pipeline import HeadJob
 from gemcut.jobs import MODEL, STATISTICS, Job, heal_in
 from gemcut.recipe import STAGES, Choice, PlanWords, Recipe, resolved
 from gemcut.runs import Progress, Run, Stage, lock
+
+if TYPE_CHECKING:
+    from gemcut.report import ReportData
 
 
 def run(
@@ -50,9 +56,14 @@ def run(
     with lock(result.folder):
         store.write_bytes(result.folder / "recipe.yaml", (source or resolved(recipe)).encode())
         store.write_bytes(result.folder / "resolved.yaml", resolved(recipe).encode())
-        job = HeadJob if recipe.plan.kind == "heads" else ExpertJob
-        job(result, force, progress).until(until)
+        _job_of(recipe)(result, force, progress).until(until)
     return result
+
+
+def _job_of(recipe: Recipe) -> type[HeadJob | ExpertJob | GgufJob]:
+    if recipe.plan is None:
+        return GgufJob
+    return HeadJob if recipe.plan.kind == "heads" else ExpertJob
 
 
 class ExpertJob(Job):
@@ -64,7 +75,8 @@ class ExpertJob(Job):
             raise UsageError("the canary stage belongs to recipes about heads", where="canary", hint="gemcut canary")
         super().__init__(result, force, progress)
         self.words: PlanWords = result.recipe.plan
-        self.choices = _choices(self.recipe)
+        assert self.recipe.score is not None  # it goes with a plan
+        self.choices = _choices(self.recipe.score, self.recipe.compare)
         self.chosen = self.choices[0].name
 
     def until(self, name: str) -> None:
@@ -85,10 +97,12 @@ class ExpertJob(Job):
         if last < STAGES.index("verify"):
             return
         verified = self.verify(self.chosen, plans[self.chosen], heal, cuts[self.chosen])
+        cut = self.cut_model(f"{self.words.keep}e")
+        quantised = quantise(self, last, cut, cuts[self.chosen])
         if last >= STAGES.index("kld") and self.recipe.kld is not None:
             self.measure(self.recipe.kld, cuts)
         if last >= STAGES.index("report"):
-            self.report(observed, plans, heal, verified)
+            self.report(observed, plans, heal, verified, self.facts(cut, quantised))
         stages.kld_gate(self.recipe.kld, self.result.measured or {}, self.chosen)
 
     def plan(self, choice: Choice, observed: Stage) -> Stage:
@@ -101,13 +115,20 @@ class ExpertJob(Job):
             lambda folder: stages.plan(observed.folder / STATISTICS, choice, words, folder, force=True),
         )
 
-    def report(self, observed: Stage, plans: Mapping[str, Stage], heal: Stage | None, verified: Stage) -> None:
+    def report(
+        self,
+        observed: Stage,
+        plans: Mapping[str, Stage],
+        heal: Stage | None,
+        verified: Stage,
+        facts: ReportData,
+    ) -> None:
         from gemcut import reporting  # matplotlib takes a second that the other stages need not wait for
 
         self.result.report = reporting.write_experts(
             self.recipe,
             self.words,
-            self.facts(f"{self.words.keep}e"),
+            facts,
             statistics=observed.folder / STATISTICS,
             planned={label: stages.load_planned(planned.folder) for label, planned in plans.items()},
             checks=stages.load_checks(verified.folder),
@@ -116,9 +137,9 @@ class ExpertJob(Job):
         )
 
 
-def _choices(recipe: Recipe) -> list[Choice]:
+def _choices(chosen: Choice, others: tuple[Choice, ...]) -> list[Choice]:
     """The chosen criterion first, then the ones it is compared with; labels must differ."""
-    choices = [recipe.score, *recipe.compare]
+    choices = [chosen, *others]
     names = [choice.name for choice in choices]
     twice = {name for name in names if names.count(name) > 1}
     if twice:

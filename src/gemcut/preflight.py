@@ -7,7 +7,7 @@ stages overlap reading with computing, so that the larger of the two decides.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,15 +22,16 @@ from gemcut.recipe import STAGES, HeadWords, HealWords, Observe, PlanWords, Reci
 from gemcut.types import DTYPE_BYTES, LayerPlan, Plan, Scores
 
 if TYPE_CHECKING:
+    from gemcut.exporting import FileCost
     from gemcut.stream.corpus import Corpus
 
 # Share of the float32 product rate that a streamed forward pass reaches: attention, norms and routing are not products.
-_EFFICIENCY = 0.35
+EFFICIENCY = 0.35
 _CUT_MEMORY_BYTES = 512 << 20  # the bound that bench/bench_cut.py holds
-_KLD_EXTRA_BYTES = 1 << 30
-_LIGHT_MEMORY_BYTES = 400 << 20
-_SMALL_WRITE_BYTES = 4 << 20
-_LINEAR_SUMS_BYTES = 3 * 2 * 8 + 4  # of each column of a linear's input: three sums of two halves, and the largest
+KLD_EXTRA_BYTES = 1 << 30
+LIGHT_MEMORY_BYTES = 400 << 20
+SMALL_WRITE_BYTES = 4 << 20
+LINEAR_SUMS_BYTES = 3 * 2 * 8 + 4  # of each column of a linear's input: three sums of two halves, and the largest
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +56,7 @@ class Preflight:
     memory_bytes: int
     available_bytes: int
     basis: str
+    files: tuple[FileCost, ...] = ()  # GGUF
 
 
 def estimate(recipe: Recipe, runs: Path, *, until: str = "report") -> Preflight:
@@ -66,34 +68,54 @@ def estimate(recipe: Recipe, runs: Path, *, until: str = "report") -> Preflight:
     base = models.open_model(recipe.model)
     corpus = stages.corpus_of(recipe.observe, base)
     rates = machine.measure_rates(base.path / next(iter(base.shards)), runs)
-    choices = 1 + len(recipe.compare)
-    words = recipe.plan
-    kept = (
-        kept_bytes(base, words.keep) if isinstance(words, PlanWords) else planned_bytes(base, some_heads(base, words))
-    )
-    costs = [_observe(base, corpus, recipe.observe, rates)]
-    costs.append(StageCost("plan", "", 0, choices * _SMALL_WRITE_BYTES, _LIGHT_MEMORY_BYTES, None))
-    if recipe.heal is not None:
+    words, costs = recipe.plan, []
+    if words is not None or _observes(recipe):
+        costs.append(observe_cost(base, corpus, recipe.observe, rates))
+    model = base
+    if words is not None:
         some = some_heads(base, words) if isinstance(words, HeadWords) else some_experts(base, words)
+        model = surgery.cut_for_gguf(base, some) if recipe.gguf is not None else base
+        costs += _cut_costs(recipe, base, some, rates)
+    files: tuple[FileCost, ...] = ()
+    if recipe.gguf is not None:
+        from gemcut.gguf_preflight import gguf_costs  # it adds up with what stands here
+
+        behind, files = gguf_costs(recipe, base, model, corpus, rates)
+        costs += behind
+    costs.append(StageCost("report", "", 0, SMALL_WRITE_BYTES, LIGHT_MEMORY_BYTES, None))
+    costs.sort(key=lambda cost: STAGES.index(cost.name))
+    last = STAGES.index(until) if until in STAGES else len(STAGES)
+    stated = [_stated(cost, "to do" if STAGES.index(cost.name) <= last else "not asked for") for cost in costs]
+    return replace(_whole(stated, runs, rates), files=files)
+
+
+def _observes(recipe: Recipe) -> bool:
+    """Whether importances are wanted where nothing is cut."""
+    words = recipe.gguf
+    return words is not None and words.imatrix is not None and (bool(words.tiers) or words.solves)
+
+
+def _cut_costs(recipe: Recipe, base: Checkpoint, some: Plan, rates: machine.Rates) -> list[StageCost]:
+    """Plan to KLD of a recipe that cuts; `some`: a plan of as many units."""
+    choices = 1 + len(recipe.compare)
+    kept = planned_bytes(base, some)
+    costs = [StageCost("plan", "", 0, choices * SMALL_WRITE_BYTES, LIGHT_MEMORY_BYTES, None)]
+    if recipe.heal is not None:
         costs.append(_heal(base, some, recipe.heal, recipe.observe.corpus, rates))
     costs.append(_copy("cut", choices * base.size_bytes, choices * kept, rates))
-    costs.append(_copy("verify", base.size_bytes + kept, _SMALL_WRITE_BYTES, rates))
+    costs.append(_copy("verify", base.size_bytes + kept, SMALL_WRITE_BYTES, rates))
     if recipe.canary is not None:
         costs.append(_canary(base))
     if recipe.kld is not None:
         text = stages.corpus_of(recipe.kld, base)
         costs.append(_kld(base, text, choices, kept, recipe.kld.dtype, rates))
-    costs.append(StageCost("report", "", 0, _SMALL_WRITE_BYTES, _LIGHT_MEMORY_BYTES, None))
-    last = STAGES.index(until) if until in STAGES else len(STAGES)
-    return _whole(
-        [_stated(cost, "to do" if STAGES.index(cost.name) <= last else "not asked for") for cost in costs], runs, rates
-    )
+    return costs
 
 
 def estimate_observe(base: Checkpoint, corpus: Corpus, words: Observe, out: Path) -> Preflight:
     """Costs of one observation."""
     rates = machine.measure_rates(base.path / next(iter(base.shards)), out)
-    return _whole([_stated(_observe(base, corpus, words, rates), "to do")], out, rates)
+    return _whole([_stated(observe_cost(base, corpus, words, rates), "to do")], out, rates)
 
 
 def estimate_imatrix(
@@ -114,9 +136,9 @@ def estimate_imatrix(
     columns = [(t.shape[0] if len(t.shape) == 3 else 1) * t.shape[-1] for t in tensors]
     costs = []
     if corpus is not None and words is not None:
-        costs.append(_stated(_observe(base, corpus, words, rates), "to do"))
-    read = sum(columns) * _LINEAR_SUMS_BYTES + (base.size_bytes if looks_at_weights else 0)
-    costs.append(StageCost("imatrix", "to do", read, sum(columns) * 4 + _SMALL_WRITE_BYTES, _LIGHT_MEMORY_BYTES, None))
+        costs.append(_stated(observe_cost(base, corpus, words, rates), "to do"))
+    read = sum(columns) * LINEAR_SUMS_BYTES + (base.size_bytes if looks_at_weights else 0)
+    costs.append(StageCost("imatrix", "to do", read, sum(columns) * 4 + SMALL_WRITE_BYTES, LIGHT_MEMORY_BYTES, None))
     return _whole(costs, statistics if corpus is not None else out, rates)
 
 
@@ -177,14 +199,14 @@ def some_experts(base: Checkpoint, words: PlanWords) -> Plan:
     return Plan("experts", base.fingerprint, max((site.units for site in sites), default=0), layers)
 
 
-def _observe(base: Checkpoint, corpus: Corpus, words: Observe, rates: machine.Rates) -> StageCost:
+def observe_cost(base: Checkpoint, corpus: Corpus, words: Observe, rates: machine.Rates) -> StageCost:
     from gemcut.observe.memory import observe_disk_bytes, observe_memory_bytes
 
     settings = stages.observe_settings(words)
     longest = max(len(row.ids) for row in corpus.items)
     need = observe_memory_bytes(base, settings, longest=longest)
     written = observe_disk_bytes(base, settings, tokens=corpus.tokens, questions=len(corpus.items))
-    compute = 2 * active_parameters(base) * corpus.tokens / (rates.flops * _EFFICIENCY)
+    compute = 2 * active_parameters(base) * corpus.tokens / (rates.flops * EFFICIENCY)
     reading = base.size_bytes / rates.read if rates.read else 0.0
     return StageCost("observe", "", base.size_bytes, written, need, max(compute, reading))
 
@@ -195,8 +217,8 @@ def _kld(base: Checkpoint, text: Corpus, choices: int, kept: int, dtype: str, ra
     widest = 4 if dtype == "float32" else 2
     layer = max(_layer_bytes(base)) * widest // 2
     hidden = text.tokens * int(str(base.text_config.get("hidden_size", 0))) * widest * (1 + choices)
-    seconds = max(passes / (rates.flops * _EFFICIENCY), read / rates.read if rates.read else 0.0)
-    return StageCost("kld", "", read, _SMALL_WRITE_BYTES, 2 * layer + hidden + _KLD_EXTRA_BYTES, seconds)
+    seconds = max(passes / (rates.flops * EFFICIENCY), read / rates.read if rates.read else 0.0)
+    return StageCost("kld", "", read, SMALL_WRITE_BYTES, 2 * layer + hidden + KLD_EXTRA_BYTES, seconds)
 
 
 def _heal(base: Checkpoint, plan: Plan, words: HealWords, observed: str, rates: machine.Rates) -> StageCost:
@@ -206,7 +228,7 @@ def _heal(base: Checkpoint, plan: Plan, words: HealWords, observed: str, rates: 
     settings = heal_settings(words)
     text = stages.corpus_of(words, base, observed)
     longest = max(len(row.ids) for row in text.items)
-    compute = 3 * 2 * active_parameters(base) * text.tokens / (rates.flops * _EFFICIENCY)  # dense, cut, healed
+    compute = 3 * 2 * active_parameters(base) * text.tokens / (rates.flops * EFFICIENCY)  # dense, cut, healed
     reading = base.size_bytes / rates.read if rates.read else 0.0
     return StageCost(
         "heal",
@@ -221,8 +243,8 @@ def _heal(base: Checkpoint, plan: Plan, words: HealWords, observed: str, rates: 
 def _canary(base: Checkpoint) -> StageCost:
     """One model at a time, whole; the salvage search asks again as often as it needs, so that no time is said."""
     small = base.size_bytes <= 1 << 30  # answered in float32
-    need = base.size_bytes * (2 if small else 1) + _KLD_EXTRA_BYTES
-    return StageCost("canary", "", 2 * base.size_bytes, _SMALL_WRITE_BYTES, need, None)
+    need = base.size_bytes * (2 if small else 1) + KLD_EXTRA_BYTES
+    return StageCost("canary", "", 2 * base.size_bytes, SMALL_WRITE_BYTES, need, None)
 
 
 def _layer_bytes(base: Checkpoint) -> list[int]:

@@ -1,162 +1,78 @@
-"""Every word that a recipe may say. Strict, frozen, and closed: a recipe imports no code."""
+"""Every word that a recipe may say, put together, and how one is read. A recipe imports no code."""
 
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator
+from pydantic import BaseModel, Field, JsonValue, ValidationError, model_validator
 
 from gemcut.errors import UsageError
 from gemcut.types import Json
+from gemcut.vocabulary import (
+    CanaryWords,
+    Choice,
+    CurvatureWords,
+    Cut,
+    GgufWords,
+    GuardWords,
+    HeadWords,
+    HealWords,
+    ImatrixWords,
+    Measure,
+    Observe,
+    PlanWords,
+    ReportWords,
+    Words,
+)
+
+__all__ = [
+    "SCHEMA",
+    "STAGES",
+    "CanaryWords",
+    "Choice",
+    "CurvatureWords",
+    "Cut",
+    "GgufWords",
+    "GuardWords",
+    "HeadWords",
+    "HealWords",
+    "ImatrixWords",
+    "Measure",
+    "Observe",
+    "PlanWords",
+    "Recipe",
+    "ReportWords",
+    "build",
+    "curvature_words",
+    "gguf_words",
+    "head_words",
+    "heal_words",
+    "layers_of",
+    "load",
+    "measure_words",
+    "observe_words",
+    "params",
+    "parse",
+    "plan_words",
+    "resolved",
+    "shipped",
+    "source",
+    "words",
+]
 
 SCHEMA = 1
-STAGES = ("observe", "plan", "heal", "cut", "verify", "canary", "kld", "report")
-_LAYERS = re.compile(r"\d{1,4}(-\d{1,4})?(,\d{1,4}(-\d{1,4})?)*")
+STAGES = (
+    "observe", "plan", "heal", "cut", "verify", "canary", "imatrix", "curvature", "gguf", "kld", "report",
+)  # fmt: skip
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,79}$")]
+_W = TypeVar("_W", bound=Words)
 
 
-class _Words(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
-_W = TypeVar("_W", bound=_Words)
-
-
-class Observe(_Words):
-    """The streamed pass over the calibration corpus."""
-
-    corpus: str = Field(description="JSON lines or text; `demo:calibration` is the one that ships")
-    max_tokens: int | None = Field(
-        default=None, gt=0, description="whole items, class by class in turn, up to this many tokens"
-    )
-    max_tokens_per_item: int = Field(default=4096, gt=1, description="longer items are truncated and counted")
-    dtype: Literal["auto", "float32", "bfloat16"] = Field(default="auto", description="auto is the checkpoint's own")
-    device: str = Field(default="cpu", description="cpu, cuda, cuda:1")
-    max_memory_gib: float | None = Field(default=None, gt=0, description="refuse or spill to disk beyond this")
-    batch_tokens: int = Field(default=4096, gt=0, description="tokens of one forward call")
-    gram_tokens: int | None = Field(default=None, gt=0, description="tokens in the attention Gram matrices")
-
-
-class Choice(_Words):
-    """One criterion with its parameters."""
-
-    criterion: str
-    params: dict[str, JsonValue] = Field(default_factory=dict)
-    label: str | None = Field(default=None, description="how tables name it; the criterion's name by default")
-
-    @property
-    def name(self) -> str:
-        return self.label or self.criterion
-
-
-class GuardWords(_Words):
-    """What no criterion may drop."""
-
-    super_factor: float | None = Field(
-        default=50.0, gt=1, description="keep experts whose largest |output| is this many times their layer's median"
-    )
-    class_floor: int = Field(default=0, ge=0, description="every class keeps its own best N experts per layer")
-    bootstrap: int = Field(
-        default=200, ge=0, description="resamples of the questions for the keep probability; 0 is off"
-    )
-    seed: int = 0
-
-
-class PlanWords(_Words):
-    """Which experts stay."""
-
-    kind: Literal["experts"] = "experts"
-    keep: int = Field(gt=0, description="experts kept in every layer")
-    guards: GuardWords = Field(default_factory=GuardWords)
-
-
-class HeadWords(_Words):
-    """Which query heads stay."""
-
-    kind: Literal["heads"]
-    drop: float = Field(gt=0, description="query heads dropped per layer: a share below 1, or a count")
-    layers: str | None = Field(default=None, description="for example 0-3,5; all of them by default")
-    mode: Literal["mask", "structural"] = Field(
-        default="mask", description="write zeros, or take rows and columns out and change the config's counts"
-    )
-
-    @field_validator("layers")
-    @classmethod
-    def _are_ranges(cls, text: str | None) -> str | None:
-        if text is not None and not _LAYERS.fullmatch(text):
-            raise ValueError("layers are numbers and ranges, for example 0-3,5")
-        return text
-
-
-class HealWords(_Words):
-    """The refit of what is left of each output projection, or of the scales of the experts that stay."""
-
-    corpus: str | None = Field(default=None, description="what observe reads, by default")
-    max_tokens: int | None = Field(default=None, gt=0)
-    max_tokens_per_item: int = Field(default=4096, gt=1)
-    method: Literal["sequential", "local"] = Field(
-        default="sequential", description="inputs from the layers already cut and healed, or from the base"
-    )
-    target: Literal["stream", "branch"] = Field(
-        default="stream",
-        description="heads: what brings the residual stream back to the base's, or what the base's branch adds",
-    )
-    whole_layers: bool = Field(
-        default=False, description="heads: also refit layers that lose none, behind the first that does (sequential)"
-    )
-    experts: Literal["scales", "down_proj"] = Field(
-        default="scales", description="of a cut of experts: what is refitted of those that stay"
-    )
-    ridges: tuple[float, ...] = Field(
-        default=(1e-3, 1e-2, 1e-1, 1.0), description="tried on held-out items, in units of the mean diagonal"
-    )
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    device: str = "cpu"
-
-
-class CanaryWords(_Words):
-    """The gate that talks to the model; see `gemcut canary`."""
-
-    max_new_tokens: int = Field(default=48, ge=4, description="answers are cut off there")
-    newly_broken: float = Field(default=0.25, ge=0, le=1, description="most answers newly broken, as a share")
-    nll_ratio: float = Field(default=2.0, ge=1, description="most NLL of known-good answers, against the base")
-    salvage: bool = Field(
-        default=True, description="heads: search the largest set of layers that passes, restore the others"
-    )
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    device: str = "cpu"
-
-
-class Cut(_Words):
-    """The surgery."""
-
-    link: bool = Field(default=True, description="hard-link unchanged shards instead of copying them")
-
-
-class Measure(_Words):
-    """KLD against the base on text that nothing was calibrated on."""
-
-    corpus: str
-    max_tokens: int | None = Field(default=None, gt=0)
-    max_tokens_per_item: int = Field(default=4096, gt=1)
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    device: str = "cpu"
-    seed: int = 0
-    max_mean_nats: float | None = Field(default=None, gt=0, description="gate: a larger mean KLD ends with exit code 5")
-
-
-class ReportWords(_Words):
-    """The page and the card."""
-
-    title: str | None = None
-
-
-class Recipe(_Words):
+class Recipe(Words):
     """The whole vocabulary."""
 
     schema_: Literal[1] = Field(default=1, alias="schema")
@@ -164,16 +80,30 @@ class Recipe(_Words):
     description: str = ""
     model: str = Field(description="a folder, org/name@revision, or demo:moe")
     observe: Observe
-    score: Choice
+    score: Choice | None = Field(default=None, description="needed by a plan")
     compare: tuple[Choice, ...] = Field(
         default=(), description="other criteria, cut and measured beside the chosen one"
     )
-    plan: PlanWords | HeadWords = Field(discriminator="kind")
+    plan: Annotated[PlanWords | HeadWords, Field(discriminator="kind")] | None = Field(
+        default=None, description="nothing is cut without one"
+    )
     heal: HealWords | None = Field(default=None, description="none by default; of experts, of the chosen criterion")
     cut: Cut = Field(default_factory=Cut)
     canary: CanaryWords | None = None
+    gguf: GgufWords | None = Field(default=None, description="none by default; of the chosen criterion's cut")
     kld: Measure | None = None
     report: ReportWords = Field(default_factory=ReportWords)
+
+    @model_validator(mode="after")
+    def _goes_together(self) -> Recipe:
+        if (self.plan is None) != (self.score is None):
+            raise ValueError("plan and score go together")
+        if self.plan is None:
+            if self.gguf is None:
+                raise ValueError("nothing to do: plan cuts, gguf quantises")
+            if alone := [name for name in ("compare", "heal", "canary") if getattr(self, name)]:
+                raise ValueError(f"{alone[0]} belongs to a plan")
+        return self
 
 
 def shipped() -> dict[str, Path]:
@@ -270,16 +200,20 @@ def build(data: dict[str, Json], where: str = "recipe") -> Recipe:
         # YAML has no tuples: lists are accepted where the model says tuple, everything else stays strict.
         return Recipe.model_validate(_tuples(data))
     except ValidationError as error:
-        first = error.errors()[0]
-        spot = _spot(first["loc"])
-        wanted = sorted(Recipe.model_fields) if first["type"] == "extra_forbidden" and len(first["loc"]) == 1 else None
-        raise UsageError(
-            f"{spot}: {first['msg'].removeprefix('Value error, ')}",
-            where=where,
-            got=repr(first.get("input"))[:80],
-            wanted=", ".join(wanted) if wanted else None,
-            hint="gemcut show schema lists every word",
-        ) from None
+        raise _wrong(error, "recipe", where, sorted(Recipe.model_fields)) from None
+
+
+def _wrong(error: ValidationError, whole: str, where: str, known: Sequence[str] = ()) -> UsageError:
+    """The first wrong word, named by its path; what is wrong with the whole has no value to show."""
+    first = error.errors()[0]
+    alone = first["type"] == "extra_forbidden" and len(first["loc"]) == 1
+    return UsageError(
+        f"{_spot(first['loc']) or whole}: {first['msg'].removeprefix('Value error, ')}",
+        where=where or None,
+        got=repr(first.get("input"))[:80] if first["loc"] else None,
+        wanted=", ".join(known) if alone and known else None,
+        hint="gemcut show schema lists every word",
+    )
 
 
 def _spot(path: tuple[int | str, ...]) -> str:
@@ -316,6 +250,16 @@ def heal_words(said: dict[str, Json], sets: tuple[str, ...] = ()) -> HealWords:
     return _part(HealWords, said, sets)
 
 
+def gguf_words(said: dict[str, Json], sets: tuple[str, ...] = ()) -> GgufWords:
+    """The gguf part of a recipe, from the flags of a verb."""
+    return _part(GgufWords, said, sets)
+
+
+def curvature_words(said: dict[str, Json], sets: tuple[str, ...] = ()) -> CurvatureWords:
+    """The curvature of the gguf part, from the flags of a verb."""
+    return _part(CurvatureWords, said, sets)
+
+
 def layers_of(text: str | None) -> tuple[int, ...] | None:
     """Layer numbers of "0-3,5", ascending; None for all.
 
@@ -345,13 +289,7 @@ def _part(model: type[_W], said: dict[str, Json], sets: tuple[str, ...]) -> _W:
     try:
         return model.model_validate(data)
     except ValidationError as error:
-        first = error.errors()[0]
-        spot = ".".join(str(part) for part in first["loc"])
-        raise UsageError(
-            f"{spot}: {first['msg'].removeprefix('Value error, ')}",
-            got=repr(first.get("input"))[:80],
-            hint="gemcut show schema lists every word",
-        ) from None
+        raise _wrong(error, model.__name__.removesuffix("Words").lower(), "") from None
 
 
 def _tuples(data: dict[str, Json]) -> dict[str, object]:

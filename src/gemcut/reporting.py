@@ -2,25 +2,36 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import yaml
 
 from gemcut import machine, records
 from gemcut.checkpoint import Checkpoint, inspect
+from gemcut.comparing import FLOOR
+from gemcut.export.mix.sizes import role_of
+from gemcut.ggml.types import GgmlType
+from gemcut.gguf_file import GgufFile, open_gguf
+from gemcut.gguf_stages import Quantised
 from gemcut.recipe import PlanWords, Recipe, resolved, shipped
 from gemcut.records.canary import CanaryResult
 from gemcut.records.heal import HealReport
-from gemcut.report import Check, CriterionNote, KldEntry, ModelFacts, ReportData, StageTime, write_report
+from gemcut.report import Check, CriterionNote, KldEntry, ModelFacts, Quant, Quants, ReportData, StageTime, write_report
+from gemcut.report.bits import Cell
 from gemcut.report.canaries import canary_checks, canary_tables
 from gemcut.report.heals import heal_checks, heal_tables
+from gemcut.report.quants import How, Role
 from gemcut.score import CRITERIA
 from gemcut.score.heads import HEAD_CRITERIA
 from gemcut.types import KldResult, Plan, Scores
 
+_BLOCK = re.compile(r"blk\.(\d+)\.")
 DEMO_LIMIT = "Demo figures: measured on a small model that was trained for this purpose, not on a released one."
 
 
@@ -83,19 +94,22 @@ def facts(
     *,
     measured: Mapping[str, KldResult],
     times: Sequence[tuple[str, float, int]],
+    quantised: Quantised | None = None,
 ) -> ReportData:
     """What every report of a run says, whatever was cut."""
-    chosen = recipe.score.name
+    chosen = recipe.score.name if recipe.score is not None else ""
+    cut = recipe.plan is not None
     return ReportData(
         title=recipe.report.title or "",
         base=model_facts(base),
         candidate=model_facts(candidate),
         kld=tuple(KldEntry(name, result) for name, result in measured.items()),
         chosen=chosen if chosen in measured else None,
-        manifest=records.load_manifest(candidate.path / "manifest.json"),
+        manifest=records.load_manifest(candidate.path / "manifest.json") if cut else None,
         stages=tuple(StageTime(name, seconds, peak) for name, seconds, peak in times),
         recipe=resolved(recipe),
         commands=commands(recipe),
+        quants=None if quantised is None else quants(recipe, base, quantised),
         limits=(DEMO_LIMIT,) if base.name.startswith("demo:") else (),
         versions={"gemcut": version(), **machine.stack()},
         seeds={"bootstrap of the KLD": recipe.kld.seed} if recipe.kld else {},
@@ -116,6 +130,7 @@ def write_experts(
     out: Path,
 ) -> Path:
     """Write the page and the card of a cut of experts; returns index.html."""
+    assert recipe.score is not None  # it goes with a plan
     main = planned[recipe.score.name]
     used = {word.criterion for word in (recipe.score, *recipe.compare)}
     sampled = main.keep_probability is not None
@@ -152,6 +167,7 @@ def write_heads(
     Args:
         restored: layers that were cut first and have the base's bytes again, because the canary failed with them.
     """
+    assert recipe.score is not None  # it goes with a plan
     one = HEAD_CRITERIA[recipe.score.criterion]
     dropped = max((len(layer.drop) for layer in plan.layers.values()), default=0)
     share = f"{dropped} of {plan.units} query heads in {len(plan.layers)} layers"
@@ -165,6 +181,85 @@ def write_heads(
         notes=_notes(plan, restored),
     )
     return write_report(data, out, force=True).index_html
+
+
+def quants(recipe: Recipe, base: Checkpoint, quantised: Quantised) -> Quants:
+    """The GGUF files of a run as the report shows them."""
+    measured = dict(quantised.measured)
+    floor = measured.pop(FLOOR, None)
+    files = []
+    for one in quantised.files:
+        result = measured.get(one.stem)
+        role, how = cast(Role, one.role), cast(How, one.how)
+        files.append(
+            Quant(
+                one.name, role, one.asked, how, one.size_bytes, one.bits_per_weight, one.imatrix, one.types, one.sha256,
+                None if result is None else KldEntry(one.asked, result), one.expected, one.memory,
+                bit_cells(open_gguf(quantised.folder / one.parts[0])) if role == "model" else (),
+            )
+        )  # fmt: skip
+    return Quants(
+        tuple(files),
+        quantised.model.name,
+        quantised.model.size_bytes,
+        f"{base.name}, uncut" if recipe.plan is not None else base.name,
+        None if floor is None else KldEntry("BF16 (noise floor)", floor),
+        _gguf_method(recipe),
+    )
+
+
+def bit_cells(file: GgufFile) -> tuple[Cell, ...]:
+    """Every matrix of a file that is quantised, or could have been."""
+    cells = []
+    for ref in file.tensors.values():
+        if len(ref.shape) < 2 or ref.kind is GgmlType.F32:
+            continue
+        block = _BLOCK.match(ref.name)
+        elements = prod(ref.shape)
+        cells.append(
+            Cell(
+                role_of(ref.name), int(block[1]) if block else None, 8 * ref.size_bytes / elements, ref.kind.name,
+                elements,
+            )
+        )  # fmt: skip
+    return tuple(cells)
+
+
+def _gguf_method(recipe: Recipe) -> tuple[tuple[str, str], ...]:
+    words = recipe.gguf
+    assert words is not None
+    corpus, rows = public_name(recipe.observe.corpus), []
+    if words.imatrix is not None:
+        variant = words.imatrix.variant + (f" for {words.imatrix.target}" if words.imatrix.target else "")
+        rows.append(
+            ("Importances", f"{variant}, observed on {corpus}; starved experts borrow {words.imatrix.prior} rows")
+        )
+    if words.solves:
+        text = public_name(words.curvature.corpus) if words.curvature.corpus else corpus
+        rows.append(
+            (
+                "Solved mixes",
+                f"least expected KLD under the size: squared gradients on {text} × error of each type's quantiser",
+            )
+        )
+    if words.overrides:
+        rows.append(("Types by hand", ", ".join(words.overrides)))
+    if words.pad_experts:
+        rows.append(("Experts", "padded with zeros to a multiple of 256"))
+    return tuple(rows)
+
+
+def write_gguf(
+    recipe: Recipe,
+    base: Checkpoint,
+    quantised: Quantised,
+    *,
+    times: Sequence[tuple[str, float, int]],
+    out: Path,
+) -> Path:
+    """Write the page and the card of a run that cut nothing; returns index.html."""
+    data = facts(recipe, base, base, measured={}, times=times, quantised=quantised)
+    return write_report(replace(data, title=data.title or f"{base.name} in GGUF"), out, force=True).index_html
 
 
 def _notes(plan: Plan, restored: tuple[int, ...]) -> tuple[str, ...]:
@@ -184,7 +279,8 @@ def _notes(plan: Plan, restored: tuple[int, ...]) -> tuple[str, ...]:
 def commands(recipe: Recipe) -> tuple[str, ...]:
     """What a reader types to do it again, and to check the weights that came with this report."""
     ref = recipe.name if recipe.name in shipped() else "recipe.yaml"
-    return (f"gemcut run {ref}", f"gemcut verify MODEL --base {public_name(recipe.model)}")
+    check = (f"gemcut verify MODEL --base {public_name(recipe.model)}",) if recipe.plan is not None else ()
+    return (f"gemcut run {ref}", *check)
 
 
 def public_name(ref: str) -> str:

@@ -21,6 +21,7 @@ log = logging.getLogger(__name__)
 # Raise a number when the stage's result changes for the same inputs: old folders are then done again.
 VERSIONS: Mapping[str, int] = {
     "observe": 1, "importance": 1, "plan": 1, "heal": 2, "cut": 2, "verify": 2, "canary": 1, "salvage": 2, "kld": 1,
+    "imatrix": 1, "curvature": 1, "gguf": 1,
 }  # fmt: skip
 
 Progress = Callable[[int, int, str], None]
@@ -49,6 +50,8 @@ class Run:
     report: Path | None = None
     chosen: str | None = None
     measured: dict[str, KldResult] | None = None
+    files: tuple[Path, ...] = ()  # GGUF
+    quantised: dict[str, KldResult] | None = None
 
 
 @contextlib.contextmanager

@@ -7,7 +7,12 @@ from pathlib import Path
 
 from gemcut.errors import MissingError, UsageError
 
-MODELS = {"demo:moe": "moe", "demo:dense": "dense"}
+MODELS = {
+    "demo:moe": "moe",
+    "demo:dense": "dense",
+    "demo:moe-drafter": "moe-drafter",
+    "demo:dense-drafter": "dense-drafter",
+}
 CORPORA = {"demo:calibration": "corpus/calibration.jsonl", "demo:heldout": "corpus/heldout.jsonl"}
 
 

@@ -16,7 +16,7 @@ from gemcut import checkpoint, records, score, shipped, store, surgery
 from gemcut import plan as planning
 from gemcut.checkpoint import Checkpoint, VerifyReport, open_checkpoint
 from gemcut.errors import QualityError, UsageError
-from gemcut.recipe import Choice, GuardWords, HealWords, Measure, Observe, PlanWords
+from gemcut.recipe import Choice, CurvatureWords, GuardWords, HealWords, Measure, Observe, PlanWords
 from gemcut.score.heads import HEAD_CRITERIA, HeadCriterion
 from gemcut.types import Json, KldResult, Manifest, Plan
 
@@ -47,7 +47,7 @@ def read_corpus(ref: str, base: Checkpoint, max_tokens: int | None, max_tokens_p
     )
 
 
-def corpus_of(words: Observe | HealWords | Measure, base: Checkpoint, otherwise: str = "") -> Corpus:
+def corpus_of(words: Observe | HealWords | Measure | CurvatureWords, base: Checkpoint, otherwise: str = "") -> Corpus:
     """The corpus that a stage's words name, within their limits; `otherwise` where they name none."""
     return read_corpus(words.corpus or otherwise, base, words.max_tokens, words.max_tokens_per_item)
 

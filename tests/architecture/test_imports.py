@@ -18,6 +18,7 @@ GROUND = {"errors", "types", "store", "records", "checkpoint", "families", "ggml
 ABOVE = {
     "recipe", "runs", "models", "stages", "head_stages", "pipeline", "head_pipeline", "shipped", "reporting",
     "preflight", "comparing", "exporting", "imatrices", "jobs", "mixing", "gguf_cutting",
+    "vocabulary", "gguf_stages", "gguf_pipeline", "gguf_preflight",
 }  # fmt: skip
 LICENSED = {("evaluate", "serve")}
 
@@ -25,7 +26,7 @@ LICENSED = {("evaluate", "serve")}
 HEAVY = {
     "torch": ("stream/", "observe/", "ablate/", "canary/generate", "surgery/heal", "evaluate/kld", "export/nvfp4"),
     "transformers": ("stream/", "observe/", "canary/generate"),
-    "matplotlib": ("report/figures", "report/canvas"),
+    "matplotlib": ("report/figures", "report/canvas", "report/pareto"),
     "huggingface_hub": ("checkpoint/hub",),
     "rich": ("cli/console",),
     "tqdm": ("cli/console",),

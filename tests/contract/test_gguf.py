@@ -48,7 +48,7 @@ KINDS: dict[str, tuple[Kind, dict[str, Any]]] = {
 
 def written(base: Checkpoint, out: Path, kind: str = "F32", projector: str = "") -> Path:
     """The model file, or the mmproj."""
-    words = exporting.GgufWords(() if projector else (kind,), projector=projector)
+    words = exporting.GgufWords(() if projector else (kind,), projectors=(projector,) if projector else ())
     (export,) = exporting.plan_export(base, words)
     exporting.write_export((export,), out, threads=1)
     return out / export.planned[0].target.name

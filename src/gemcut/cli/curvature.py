@@ -39,18 +39,16 @@ def curvature(
 
     Forward and backward through the model once, one layer in memory; ten to fifty thousand tokens are enough.
     """
-    from gemcut import ablate, models, stages, store
-    from gemcut.records.curvature import save_curvature
+    from gemcut import gguf_stages, models, recipe, stages, store
 
     base = models.open_model(model)
     store.refuse_existing(Path(out), force=force)
     text = stages.read_corpus(corpus, base, max_tokens, max_tokens_per_item)
     talk.say(f"{base.name}: {len(text.items)} items, {text.tokens:,} tokens")
-    settings = ablate.AblateSettings(device=device, dtype=None if dtype == "auto" else dtype)
-    found = ablate.curvature(base, text, settings, draws=draws, seed=seed, progress=talk.progress)
-    save_curvature(found, Path(out), force=force)
+    words = recipe.curvature_words({"draws": draws, "seed": seed, "dtype": dtype, "device": device})
+    found = gguf_stages.curvature(base, text, words, Path(out), force=force, progress=talk.progress)
     talk.result(
-        {"tensors": len(found.tensors), "tokens": found.tokens, "items": found.items, "draws": found.draws},
+        found,
         path=out,
-        text=f"{out}: {len(found.tensors)} tensors, {found.tokens:,} predictions of {found.items} items",
+        text=f"{out}: {found['tensors']} tensors, {found['tokens']:,} predictions of {found['items']} items",
     )

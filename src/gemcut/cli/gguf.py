@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from gemcut.export.run import ExportReport
     from gemcut.exporting import GgufPreflight
     from gemcut.mixing import Mix
+    from gemcut.types import Json
 
 
 @click.command()
@@ -28,7 +29,9 @@ if TYPE_CHECKING:
 @click.option("--fit", type=ByteSize(), help="The best types for a card with this much memory; see --context.")
 @click.option("--context", type=click.IntRange(min=1), default=8192, show_default=True, help="With --fit: tokens.")
 @click.option("--kv", default="f16", show_default=True, help="With --fit: type of the KV cache, as q8_0.")
-@click.option("--with", "beside", help="With --fit: mmproj, or files that lie in the memory too, parted by commas.")
+@click.option(
+    "--with", "beside", default="", help="With --fit: mmproj, drafter, or files that lie in the memory too; by commas."
+)
 @click.option("--curvature", type=click.Path(), help="With --size and --fit: a folder of gemcut curvature.")
 @options.out_folder
 @click.option("--imatrix", type=click.Path(), help="Importance matrix of gemcut imatrix or llama-imatrix.")
@@ -37,9 +40,12 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--mmproj",
+    "mmprojs",
+    multiple=True,
     type=click.Choice(["F32", "F16", "BF16", "Q8_0"], case_sensitive=False),
     help="Write the vision tower's file, too.",
 )
+@click.option("--drafter", metavar="MODEL", help="Write this drafter's Q8_0 file, too.")
 @click.option("--plan", "plan_file", type=click.Path(), help="Cut on the way; heads may differ from layer to layer.")
 @click.option("--heal", type=click.Path(), help="With --plan: a folder of gemcut heal, what it refitted goes in.")
 @click.option("--pad-experts", is_flag=True, help="Experts as wide as blocks of 256, by zeros: smaller types fit.")
@@ -55,12 +61,13 @@ def gguf(
     fit: int | None,
     context: int,
     kv: str,
-    beside: str | None,
+    beside: str,
     curvature: str | None,
     out: str,
     imatrix: str | None,
     overrides: tuple[str, ...],
-    mmproj: str | None,
+    mmprojs: tuple[str, ...],
+    drafter: str | None,
     plan_file: str | None,
     heal: str | None,
     pad_experts: bool,
@@ -75,28 +82,41 @@ def gguf(
     Finished tensors of a run that broke off stay; tensors that an earlier export in the folder holds are copied. --size
     and --fit measure what every type of every tensor costs, once; that and a picture of the bits stay in the folder.
     """
-    from gemcut import exporting, machine, mixing, models
+    from gemcut import exporting, gguf_stages, machine, mixing, models, recipe
     from gemcut.errors import UsageError
 
+    if not (types or sizes or fit or mmprojs or drafter):
+        raise UsageError("no file type was asked for", hint="-t Q4_K_M -t IQ3_M, --size 10GiB, or --fit 24GiB")
     base = models.open_exportable(model)
     if heal and not plan_file:
         raise UsageError("--heal goes with the --plan that it refitted")
     if plan_file:
         base = exporting.after_plan(base, Path(plan_file), Path(heal) if heal else None)
     threads = threads or machine.cores()
-    card = mixing.card_words(base, fit, context, kv, beside, (mmproj or "Q8_0").upper()) if fit else ()
-    kept = Path(out) / mixing.DAMAGES_FILE
-    solving = mixing.MixWords(sizes, card, Path(curvature) if curvature else None, kept, keep=not dry_run)
-    words = exporting.GgufWords(
-        types,
-        Path(imatrix) if imatrix else None,
-        overrides,
-        max_shard_size,
-        (mmproj or "").upper(),
-        solving,
-        pad_experts,
+    others: list[Json] = [one.strip() for one in beside.split(",") if one.strip()]
+    card: dict[str, Json] = {"memory": str(fit), "context": context, "kv": kv, "beside": others}
+    words = recipe.gguf_words(
+        {
+            "tiers": list(types),
+            "sizes": [str(one) for one in sizes],
+            "fit": [card] if fit else [],
+            "overrides": list(overrides),
+            "mmproj": [one.upper() for one in mmprojs],
+            "drafter": {"model": drafter} if drafter else None,
+            "max_shard_size": str(max_shard_size) if max_shard_size else None,
+            "pad_experts": pad_experts,
+            "threads": threads,
+        }
     )
-    exports = exporting.plan_export(base, words, threads=threads, progress=talk.progress)
+    exports = gguf_stages.plan_files(
+        base,
+        words,
+        imatrix=Path(imatrix) if imatrix else None,
+        curvature=Path(curvature) if curvature else None,
+        damages=Path(out) / mixing.DAMAGES_FILE,
+        keep=not dry_run,
+        progress=talk.progress,
+    )
     mixes = [mix for export in exports for mix in export.mixes]
     for one in mixes:
         _show_mix(talk, one)
@@ -107,9 +127,7 @@ def gguf(
     for export in exports:
         for why, count in Counter(export.layout.left_out.values()).items():
             talk.say(f"{count} tensors are not in {export.planned[0].target.name}: {why}")
-    reports = exporting.write_export(exports, Path(out), threads=threads, force=force, progress=talk.progress)
-    for mix in mixes:
-        mixing.save_picture(mix, Path(out) / f"{exporting.file_stem(base)}-{mix.name}.bits.svg")
+    reports = gguf_stages.write_files(exports, words, Path(out), force=force, progress=talk.progress)
     _show(talk, reports, mixes, out)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING
 
 import click
@@ -11,10 +10,6 @@ from gemcut.cli.console import Talk
 
 if TYPE_CHECKING:
     from gemcut.preflight import Preflight
-
-
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?", re.IGNORECASE)
 
 
 class ByteSize(click.ParamType[int]):
@@ -26,11 +21,12 @@ class ByteSize(click.ParamType[int]):
         """Bytes, at least 1."""
         if isinstance(value, int):
             return value
-        match = _SIZE.fullmatch(str(value).strip())
-        unit = _UNITS.get(match[2].upper()) if match else None
-        if match is None or unit is None or float(match[1]) * unit < 1:
-            self.fail(f"{str(value)!r} is not a size; write 10GiB, 500MB or a number of bytes", param, ctx)
-        return int(float(match[1]) * unit)
+        from gemcut.vocabulary import size_bytes  # pydantic takes a while, and most verbs name no size
+
+        try:
+            return size_bytes(str(value))
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
 
 
 def size(size_bytes: float | None) -> str:
@@ -63,6 +59,12 @@ def show_preflight(talk: Talk, found: Preflight) -> None:
             f"memory: {size(found.memory_bytes)} needed, {size(found.available_bytes)} available; {found.basis}"
         ),
     )
+    if found.files:
+        talk.table(
+            "GGUF files",
+            ("file", "bytes, at most", "size", "bits per weight"),
+            [(f.name, f.size_bytes, size(f.size_bytes), f"{f.bits_per_weight:.3f}") for f in found.files],
+        )
     talk.result(found, text="")
 
 

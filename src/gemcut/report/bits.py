@@ -32,7 +32,7 @@ class Cell:
     elements: int
 
 
-def bits(cells: Sequence[Cell], title: str) -> Drawing | None:
+def bits(cells: Sequence[Cell], title: str, *, name: str = "bits") -> Drawing | None:
     """Bits of a weight by layer and tensor kind; None where there is no layer to show. What stands outside of the
     layers is named below the map."""
     inside = [cell for cell in cells if cell.layer is not None]
@@ -68,4 +68,4 @@ def bits(cells: Sequence[Cell], title: str) -> Drawing | None:
         caption = (
             "Bits of a weight as stored, by layer and kind of tensor; an empty cell is a tensor that the layer has not"
         )
-        return svg(figure, "bits", f"{caption}. Outside of the layers: {outside or 'nothing'}.")
+        return svg(figure, name, f"{caption}. Outside of the layers: {outside or 'nothing'}.")

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
+from matplotlib.axis import XAxis, YAxis
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
@@ -42,6 +43,12 @@ def svg(figure: Figure, name: str, caption: str) -> Drawing:
     label = re.sub(r"[&<>\"]", lambda m: f"&#{ord(m.group(0))};", caption)
     text = text.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1)
     return Drawing(name, caption, text)
+
+
+def plain_ticks(axis: XAxis | YAxis) -> None:
+    """Ticks of a log scale as plain numbers: exponents would be drawn as mathematics, which is off."""
+    axis.set_major_formatter(lambda value, _: f"{value:.9f}".rstrip("0").rstrip("."))
+    axis.set_minor_formatter(lambda *_: "")
 
 
 def bare(axes: Axes) -> None:

@@ -10,6 +10,7 @@ import yaml
 
 from gemcut.report import parts, tables
 from gemcut.report.data import Drawing, ReportData, Table
+from gemcut.report.quants import Quants, worth
 from gemcut.report.spelling import change, count, interval, parameters, signed, size
 from gemcut.report.text import Markdown, code_block, code_span, escape_markdown, plain
 from gemcut.types import Estimate, Json
@@ -23,7 +24,9 @@ def front_matter(data: ReportData) -> dict[str, Json]:
     if data.base.hub_id is not None:
         matter["base_model"] = plain(data.base.hub_id)
         matter["base_model_relation"] = "finetune"
-    matter["library_name"] = "transformers"
+        if data.only_quants:
+            matter["base_model_relation"] = "quantized"
+    matter["library_name"] = "gguf" if data.only_quants else "transformers"
     if data.base.pipeline_tag is not None:
         matter["pipeline_tag"] = plain(data.base.pipeline_tag)
     tags: list[Json] = ["gemcut"]
@@ -31,6 +34,9 @@ def front_matter(data: ReportData) -> dict[str, Json]:
         tags += ["pruned", "expert-pruning" if data.kind == "experts" else "head-pruning"]
     if data.base.top_k:
         tags.append("moe")
+    if data.quants is not None:
+        tags += ["gguf", "quantized"]
+        tags += ["imatrix"] if any(one.imatrix for one in data.quants.files) else []
     matter["tags"] = tags
     return matter
 
@@ -113,6 +119,20 @@ print(tokenizer.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_to
 """
 
 
+def serve(quants: Quants) -> str:
+    """llama-server with one file of the front, and with what lies beside it."""
+    models = quants.models
+    if not models:
+        return "\n".join(plain(one.name) for one in quants.files)
+    words = [f"llama-server -m {plain(worth(quants).name)} --jinja -c 8192"]
+    projector, drafter = quants.beside("mmproj"), quants.beside("drafter")
+    if projector is not None:
+        words.append(f"--mmproj {plain(projector.name)}")
+    if drafter is not None:
+        words.append(f"--model-draft {plain(drafter.name)} --spec-type draft-mtp --spec-draft-n-max 4")
+    return " \\\n    ".join(words)
+
+
 def render_card(data: ReportData, drawings: Sequence[Drawing] = (), figures: str | None = None) -> str:
     """README.md as text. `figures`: folder of the SVG files, relative to the card; None leaves the pictures out."""
     environment = jinja2.Environment(
@@ -128,10 +148,11 @@ def render_card(data: ReportData, drawings: Sequence[Drawing] = (), figures: str
         d.name: Markdown(f"![{escape_markdown(d.caption)}]({figures}/{d.name}.svg)") for d in drawings if figures
     }
     environment.globals.update(table=markdown_table, code_span=code_span, code_block=code_block)
-    return environment.get_template("card.md.j2").render(
+    return environment.get_template("quants-card.md.j2" if data.only_quants else "card.md.j2").render(
         **parts.shared(data),
         matter=Markdown(yaml.safe_dump(front_matter(data), sort_keys=False, allow_unicode=True).rstrip("\n")),
         comparison=comparison(data),
         pictures=pictures,
         snippet=snippet(data),
+        serve=serve(data.quants) if data.quants is not None else "",
     )

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gemcut.errors import CheckpointError, UsageError
 from gemcut.types import F64, Kind, KldResult, KldRow, Manifest, Plan, Scores, Statistics
+
+if TYPE_CHECKING:
+    from gemcut.report.quants import Quants
 
 ALL = "all"  # the KldRow that pools the classes
 
@@ -121,6 +125,7 @@ class ReportData:
         the plan's layers in ascending order.
     protected: reason → bool [L, U]: units that a guard (super experts, class floors) keeps whatever their score.
     scores: criterion → Scores; the plan's own criterion gives the rank order of the cut figure.
+    quants: GGUF files of the candidate; without a plan the report is about them alone.
     kld: every measured candidate; `chosen` is the label of the one this report is about.
 
     Raises:
@@ -149,6 +154,7 @@ class ReportData:
     criteria: tuple[CriterionNote, ...] = ()
     calibration_corpus: str = ""
     evaluation_corpus: str = ""
+    quants: Quants | None = None
     extras: tuple[Extra, ...] = ()
     notes: tuple[str, ...] = ()
     limits: tuple[str, ...] = ()
@@ -182,6 +188,11 @@ class ReportData:
             wanted = (len(self.layers), self.plan.units) if self.plan else None
             if array.shape != wanted:
                 raise CheckpointError(f"{name}: the shape is not the plan's", got=array.shape, wanted=wanted)
+
+    @property
+    def only_quants(self) -> bool:
+        """Nothing was cut: the report is about GGUF files of the base."""
+        return self.plan is None and self.quants is not None
 
     @property
     def kind(self) -> Kind:

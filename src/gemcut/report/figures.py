@@ -13,7 +13,7 @@ from matplotlib.colors import ListedColormap, PowerNorm
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from gemcut.report.canvas import bare, canvas, svg
+from gemcut.report.canvas import bare, canvas, plain_ticks, svg
 from gemcut.report.data import ALL, Drawing, KldEntry, ReportData
 from gemcut.report.grids import NEAR_TIE, CutGrid, Specialisation, cut_grid, mass_over_uniform, specialisation
 from gemcut.report.palette import (
@@ -96,6 +96,7 @@ def criteria(data: ReportData) -> Drawing | None:
         wide = lowest > 0 and highest > 40 * lowest
         if wide:
             axes.set_xscale("log")
+            plain_ticks(axes.xaxis)
             axes.set_xlim(lowest / 1.6, highest * 1.6)
         else:
             axes.set_xlim(left=min(0.0, lowest))
@@ -157,7 +158,7 @@ def sizes(data: ReportData) -> Drawing | None:
     """Bytes per component before and after, stacked."""
     before, after = data.base.components, data.candidate.components
     names = [*before, *(name for name in after if name not in before)]
-    if not names:
+    if not names or data.only_quants:
         return None
     largest = max(data.base.size_bytes, data.candidate.size_bytes)
     unit, divisor = next(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from gemcut.report.data import ALL, ReportData, Table
+from gemcut.report.quants import limits_of
 from gemcut.report.spelling import count, duration, json_text, size
 from gemcut.report.tables import by_damage, near_ties, units_name
 
@@ -52,6 +53,8 @@ def method_rows(data: ReportData) -> Table:
         rows.append(
             ("Bootstrap", f"{count(data.bootstrap_rounds)} resamplings of the calibration items within classes")
         )
+    if data.quants is not None:
+        rows += data.quants.method
     rows += _measurement(data)
     if data.seeds:
         rows.append(("Seeds", ", ".join(f"{name} {seed}" for name, seed in data.seeds.items())))
@@ -70,6 +73,8 @@ def _classes(data: ReportData) -> str:
 
 def _measurement(data: ReportData) -> list[tuple[str, str]]:
     entry = data.entry or next(iter(data.kld), None)
+    if entry is None and data.quants is not None:
+        entry = next((one.kld for one, _ in data.quants.measured), None)
     if entry is None:
         return []
     result = entry.result
@@ -152,15 +157,16 @@ def limits(data: ReportData) -> tuple[str, ...]:
     if any(not check.passed for check in data.checks):
         failed = ", ".join(check.name for check in data.checks if not check.passed)
         out.append(f"Verification FAILED: {failed}. Do not use these weights.")
-    if entry is None:
+    if data.quants is not None:
+        out += limits_of(data.quants)
+    if entry is None and not data.only_quants:
         out.append("The damage of this cut has not been measured on held-out text.")
-    else:
-        row = entry.row()
-        if row is not None:
-            out.append(
-                "KLD compares next-token distributions on given text. It is no benchmark score and says nothing about "
-                "long generations, tools or languages that the evaluation corpus does not hold."
-            )
+    if entry is not None or (data.quants is not None and data.quants.measured):
+        out.append(
+            "KLD compares next-token distributions on given text. It is no benchmark score and says nothing about "
+            "long generations, tools or languages that the evaluation corpus does not hold."
+        )
+    if entry is not None:
         ranked = [one.label for one in by_damage(data.kld) if not one.is_noise_floor]
         if entry.label in ranked[1:]:
             better = ", ".join(ranked[: ranked.index(entry.label)])

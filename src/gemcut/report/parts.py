@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from gemcut.report import changes, method, tables
+from gemcut.report import quants as made
 from gemcut.report.data import ReportData
+
+_QUANTS = ("quants", "quants_short", "quant_classes", "mixes", "memory", "sums")
 
 
 def shared(data: ReportData) -> dict[str, object]:
@@ -20,4 +23,17 @@ def shared(data: ReportData) -> dict[str, object]:
         "method": method.method_rows(data),
         "limits": method.limits(data),
         "files": method.file_rows(data),
+        **(_quants(data.quants) if data.quants is not None else dict.fromkeys(_QUANTS)),
     }
+
+
+def _quants(quants: made.Quants) -> dict[str, object]:
+    rows = (
+        made.quant_rows(quants),
+        made.quant_rows(quants, short=True),
+        made.class_quant_rows(quants),
+        made.make_rows(quants),
+        made.memory_rows(quants),
+        made.sum_rows(quants),
+    )
+    return dict(zip(_QUANTS, rows, strict=True))

@@ -9,6 +9,7 @@ import numpy as np
 
 from gemcut.report.data import ALL, KldEntry, ReportData, Table
 from gemcut.report.grids import NEAR_TIE, cut_grid
+from gemcut.report.quants import quants_figures, quants_headline
 from gemcut.report.spelling import change, count, interval, parameters, size, wilson
 from gemcut.types import Estimate
 
@@ -32,6 +33,8 @@ def kept_text(data: ReportData) -> str | None:
 
 def headline(data: ReportData) -> str:
     """The main result in one sentence: what stayed, what was saved, and what it cost with n and interval."""
+    if data.quants is not None and data.only_quants:
+        return quants_headline(data.quants)
     before, after = data.base.size_bytes, data.candidate.size_bytes
     kept = kept_text(data)
     saved = f"{size(after)} instead of {size(before)} ({change(before, after)})"
@@ -59,6 +62,8 @@ class KeyFigure:
 
 def key_figures(data: ReportData) -> tuple[KeyFigure, ...]:
     """Size, parameters, what stayed, damage and the verdict of `verify`: those that are known."""
+    if data.quants is not None and data.only_quants:
+        return tuple(KeyFigure(*words) for words in quants_figures(data.quants))
     before, after = data.base, data.candidate
     figures = [
         KeyFigure(

@@ -35,8 +35,9 @@ def write_report(data: ReportData, folder: Path, *, force: bool = False) -> Repo
     from gemcut.report.card import render_card
     from gemcut.report.figures import draw_all
     from gemcut.report.html import render_page
+    from gemcut.report.pareto import draw_quants
 
-    drawings = draw_all(data)
+    drawings = (*draw_all(data), *(draw_quants(data.quants) if data.quants is not None else ()))
     texts = {"index.html": render_page(data, drawings), "README.md": render_card(data, drawings, FIGURES)}
     texts |= {f"{FIGURES}/{drawing.name}.svg": drawing.svg for drawing in drawings}
     for name, text in texts.items():
