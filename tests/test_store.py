@@ -19,6 +19,13 @@ from gemcut import store
 from gemcut.errors import CheckpointError, GemcutError, MissingError, UsageError
 
 
+@pytest.mark.parametrize("name", ["file/a.json", "file/b/a.json", "n" * 300])
+def test_a_place_that_takes_no_file(tmp_path: Path, name: str) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(MissingError, match="cannot write"):
+        store.write_bytes(tmp_path / name, b"x")
+
+
 def test_atomic_file_replaces_whole(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     store.write_bytes(path, b"old")

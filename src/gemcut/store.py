@@ -49,9 +49,17 @@ def fsync_folder(path: Path) -> None:
         os.close(fd)
 
 
+_NO_PLACE = frozenset(
+    {
+        errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG,
+        errno.ELOOP,
+    }
+)  # fmt: skip
+
+
 @contextlib.contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turn a full or read-only disk into a MissingError that says how much is free."""
+    """Turn a full disk into a MissingError that says how much is free, and a place that takes no file into another."""
     try:
         yield
     except OSError as error:
@@ -62,7 +70,7 @@ def disk_errors(path: Path) -> Iterator[None]:
                 got=f"{free_bytes(path) / 2**30:.2f} GiB free",
                 hint="free space and run the same command again: finished work is kept",
             ) from error
-        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        if error.errno in _NO_PLACE:
             raise MissingError(f"cannot write: {error.strerror}", where=str(path), hint="choose another -o") from error
         raise
 
@@ -155,7 +163,7 @@ def read_json(path: Path, what: str) -> dict[str, Json]:
 
 def refuse_existing(out: Path, *, force: bool) -> None:
     """Outputs are never overwritten without --force."""
-    if out.exists() and not force:
+    if os.path.exists(out) and not force:  # Path.exists raises where the name is too long
         raise UsageError(
             "the output exists already", where=str(out), hint="choose another -o, or pass --force to replace it"
         )

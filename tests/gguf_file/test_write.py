@@ -264,6 +264,12 @@ def test_whatever_is_laid_out_reads_back(
     os.unlink(path)
 
 
+def test_a_folder_that_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(MissingError, match="cannot write"), gguf_writer(tmp_path / "file" / "m.gguf", lay_out({}, [])):
+        pass
+
+
 def test_half_of_a_surrogate_pair_is_no_text() -> None:
     with pytest.raises(CheckpointError, match="no Unicode") as caught:
         lay_out({"tokenizer.ggml.tokens": Value("str", ("good", "\ud83d"))}, [])

@@ -50,8 +50,7 @@ class Blob(ctypes.Structure):
 
 # Offsets into llama_context_params and llama_model_params that are set here.
 N_CTX, N_BATCH, N_UBATCH, N_SEQ_MAX, N_THREADS, N_THREADS_BATCH, FLASH_ATTENTION = 0, 4, 8, 12, 28, 32, 52
-TYPE_K, TYPE_V = 104, 108
-LOAD_MODE, PROGRESS_CALLBACK = 24, 48
+TYPE_K = 104
 VOCAB_ONLY, CHECK_TENSORS, USE_EXTRA_BUFTS = 72, 73, 74
 
 # offset, format, values: what the defaults are, so that a moved field is noticed

@@ -263,10 +263,10 @@ def gguf_writer(path: Path, layout: Layout, *, keep_partial: bool = False) -> It
         CheckpointError: a tensor is not complete, or the header does not read back.
     """
     partial = path.with_name(path.name + PARTIAL)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not keep_partial:
-        partial.unlink(missing_ok=True)
     with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not keep_partial:
+            partial.unlink(missing_ok=True)
         partial.touch()
     with atomic_file(path, "r+b", keep_partial=keep_partial) as f:
         fd = f.fileno()
