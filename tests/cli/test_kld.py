@@ -41,6 +41,10 @@ def test_a_file_against_its_folder_with_the_floor_of_noise(
     assert code == 0
     assert "--floor" in err
     assert f"{nats:.4f}"[:5] in out
+    lines = {words[0]: line for line in out.splitlines() if (words := line.split())}
+    assert {row["mean"]["n"] for row in four["rows"]} > {1}
+    for row in four["rows"]:  # one chunk has no interval
+        assert ("[" in lines[row["cls"]]) == (row["mean"]["n"] > 1)
 
 
 @pytest.mark.slow

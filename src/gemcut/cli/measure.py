@@ -80,22 +80,27 @@ def show_kld(talk: Talk, results: Mapping[str, KldResult], title: str = "KL(base
                 (
                     name if several else row.cls,
                     row.tokens,
-                    _estimate(row.mean),
-                    _estimate(row.median),
-                    _estimate(row.p99),
-                    f"{100 * row.same_top.value:.1f} % [{100 * row.same_top.low:.1f}, {100 * row.same_top.high:.1f}]",
-                    _estimate(row.ln_ppl_ratio),
+                    row.mean.n,
+                    _nats(row.mean),
+                    _nats(row.median),
+                    _nats(row.p99),
+                    _shown(row.same_top, 100, 1, " %"),
+                    _nats(row.ln_ppl_ratio),
                 )
             )
-    n = next(iter(results.values())).chunks if results else 0
     talk.table(
         title,
-        ("candidate" if several else "class", "tokens", "mean nats", "median", "p99", "same top", "ln PPL ratio"),
+        ("candidate" if several else "class", "tokens", "n", "mean nats", "median", "p99", "same top", "ln PPL ratio"),
         rows,
-        note=f"95 % intervals, bootstrap over n = {n} chunks",
+        note="95 % intervals, bootstrap over n chunks",
     )
 
 
-def _estimate(value: Estimate) -> str:
-    digits = 4 if abs(value.value) >= 0.01 else 6  # a good GGUF is at 0.0001 nats
-    return f"{value.value:.{digits}f} [{value.low:.{digits}f}, {value.high:.{digits}f}]"
+def _nats(value: Estimate) -> str:
+    return _shown(value, 1, 4 if abs(value.value) >= 0.01 else 6)  # a good GGUF is at 0.0001 nats
+
+
+def _shown(value: Estimate, scale: float, digits: int, unit: str = "") -> str:
+    """With its interval; one chunk alone has none."""
+    number, low, high = (f"{scale * one:.{digits}f}" for one in (value.value, value.low, value.high))
+    return f"{number}{unit}" + (f" [{low}, {high}]" if value.n > 1 else "")
