@@ -141,6 +141,20 @@ def test_closing_twice_is_closing_once(root: Path) -> None:
     model.close()
 
 
+def test_a_closed_model_says_so(root: Path) -> None:
+    model = Model(root / "tiny-Q8_0.gguf", threads=1, context=64, batch=4)
+    stream = model.stream(IDS[:12])
+    next(stream)
+    model.close()
+    calls = (
+        lambda: next(stream), lambda: model.logits([2]), lambda: model.hidden([2]), lambda: model.generate([2], 1),
+        lambda: model.tokenise("a"), lambda: model.text([2]), lambda: model.bos,
+    )  # fmt: skip
+    for call in calls:
+        with pytest.raises(UsageError, match="the model is closed"):
+            call()
+
+
 def test_files_that_are_no_model(root: Path, tmp_path: Path) -> None:
     whole = (root / "tiny-Q8_0.gguf").read_bytes()
     (tmp_path / "short.gguf").write_bytes(whole[: len(whole) // 2])

@@ -133,6 +133,11 @@ class Model:
         """Give the memory back. Safe to call twice."""
         self._closer()
 
+    def _must_be_open(self) -> None:
+        """llama.cpp follows a pointer to freed memory without a word."""
+        if not self._closer.alive:
+            raise UsageError("the model is closed", where=self.name)
+
     def __enter__(self) -> Model:
         return self
 
@@ -193,6 +198,7 @@ class Model:
 
     def clear(self) -> None:
         """Forget the sequence: the next token is at position 0."""
+        self._must_be_open()
         self._dll.llama_memory_clear(self._dll.llama_get_memory(self._context_handle), True)
         self._used = 0
 
@@ -212,6 +218,7 @@ class Model:
 
     def _decode(self, ids: NDArray[np.int32], read: ctypes._NamedFuncPointer, width: int) -> F32:
         """Append tokens to the sequence; a view of their outputs [t, width], which the next call overwrites."""
+        self._must_be_open()  # a stream may have been left open longer than its model
         n = len(ids)
         positions = np.arange(self._used, self._used + n, dtype=np.int32)
         ones, zero, wanted = np.ones(n, np.int32), ctypes.c_int32(0), np.ones(n, np.int8)
@@ -238,11 +245,13 @@ class Model:
     @cached_property
     def bos(self) -> int | None:
         """The token that begins a text, as the file says it."""
+        self._must_be_open()
         token = int(self._dll.llama_vocab_bos(self._vocab))
         return token if token >= 0 else None
 
     def tokenise(self, text: str, *, special: bool = True) -> list[int]:
         """Ids of a text, with no token added. special: markers such as <|turn> become their one token."""
+        self._must_be_open()
         raw = text.encode()
         room = len(raw) + _SPARE_TOKENS
         out = np.empty(room, np.int32)
@@ -260,6 +269,7 @@ class Model:
         return self._checked(tokens) if len(tokens) else np.empty(0, np.int32)
 
     def _piece(self, token: int, *, special: bool) -> bytes:
+        self._must_be_open()
         buffer = ctypes.create_string_buffer(256)
         n = self._dll.llama_token_to_piece(self._vocab, token, buffer, len(buffer), 0, special)
         if n < 0:
