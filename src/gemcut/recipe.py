@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar, get_args
+from types import UnionType
+from typing import Annotated, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, Field, JsonValue, ValidationError, model_validator
@@ -166,12 +167,19 @@ def _models(annotation: object) -> Iterator[type[BaseModel]]:
 
 
 def _type(annotation: object) -> str:
-    if isinstance(annotation, type) and not get_args(annotation):
-        return annotation.__name__
-    parts = get_args(annotation)
-    if parts and all(isinstance(part, (str, int)) for part in parts):
-        return " | ".join(str(part) for part in parts)
-    return str(annotation).replace("typing.", "").replace("NoneType", "none")
+    """A type as a reader of recipes knows it."""
+    kind, parts = get_origin(annotation), get_args(annotation)
+    if kind is Annotated:
+        return _type(parts[0])
+    if kind is tuple:
+        return f"list of {_type(parts[0])}"
+    if kind is Literal:
+        return " | ".join(map(str, parts))
+    if kind in (Union, UnionType):
+        return " | ".join(map(_type, parts))
+    if isinstance(annotation, type):
+        return "none" if annotation is type(None) else annotation.__name__
+    return str(annotation).replace("typing.", "")
 
 
 def _text(path: Path) -> str:

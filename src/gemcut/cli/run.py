@@ -94,11 +94,16 @@ def _run(ref: str, sets: tuple[str, ...], until: str, runs: Path, force: bool, d
         from gemcut.cli.measure import show_kld
 
         show_kld(talk, done.measured, title="Damage on held-out text, KL(base ‖ candidate)")
+    if done.quantised:
+        from gemcut.cli.measure import show_kld
+
+        show_kld(talk, done.quantised, title="GGUF files on held-out text, KL(base ‖ file)")
     talk.result(
         {
             "run": str(done.folder),
             "model": str(done.model) if done.model else None,
             "report": str(done.report) if done.report else None,
+            "files": [str(path) for path in done.files],
             "stages": [
                 {
                     "name": s.name,
@@ -110,11 +115,12 @@ def _run(ref: str, sets: tuple[str, ...], until: str, runs: Path, force: bool, d
                 for s in done.done
             ],
         },
-        path=done.report or done.model or done.folder,
+        path=done.report or (done.files[0].parent if done.files else done.model) or done.folder,
         text="\n".join(
             line
             for line in (
                 f"model   {done.model}" if done.model else "",
+                f"files   {done.files[0].parent}" if done.files else "",
                 f"report  {done.report}" if done.report else "",
                 f"run     {done.folder}",
             )
