@@ -47,6 +47,10 @@ EXAMPLES = {
     "gemcut gguf demo:moe -t IQ3_M --tensor-type attn_k=q6_k --dry-run -o gguf\n"
     "gemcut gguf demo:moe --size 5.5MB --imatrix imatrix.gguf --curvature curvature -o gguf\n"
     "gemcut gguf demo:moe --fit 1GiB --context 2048 --kv q8_0 --imatrix imatrix.gguf --curvature curvature -o gguf",
+    "nvfp4": "gemcut nvfp4 demo:moe -o nvfp4a16\n"
+    "gemcut nvfp4 demo:moe --scheme NVFP4 --targets mlp+experts --stats stats --kv bound -o nvfp4\n"
+    "gemcut nvfp4 nvfp4 --convert --layout modelopt -o nvfp4-modelopt\n"
+    "gemcut verify nvfp4a16 --base demo:moe",
     "kld": "gemcut kld demo:moe small --corpus demo:heldout",
     "canary": "gemcut canary demo:dense small --base-answers answers.json -o canary",
     "run": "gemcut run gemma4-26b-98e --set observe.corpus=my.jsonl --set kld.corpus=heldout.jsonl --dry-run",

@@ -32,7 +32,7 @@ def open_model(ref: str) -> Checkpoint:
 
 def open_exportable(ref: str) -> Checkpoint:
     """A model, or a drafter, which can be exported and not cut; headers only."""
-    found = _open_any(ref)
+    found = open_any(ref)
     if not is_drafter(found.config):
         _ = found.sites  # every shape that the family relies on
     return found
@@ -59,10 +59,11 @@ def diff(a: str, b: str, *, progress: Progress | None = None) -> Manifest:
             wanted="two folders, or two GGUF files",
             hint="gemcut kld compares what they say",
         )
-    return checkpoint.diff(_open_any(a), _open_any(b), progress=progress)
+    return checkpoint.diff(open_any(a), open_any(b), progress=progress)
 
 
-def _open_any(ref: str) -> Checkpoint:
+def open_any(ref: str) -> Checkpoint:
+    """A model of whatever architecture, its shapes not held against its config; headers only."""
     local = shipped.model_path(ref)
     found = resolve(ref) if local is None else None
     path = local if found is None else found.path

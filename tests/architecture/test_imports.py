@@ -125,6 +125,7 @@ def test_nothing_reads_pickles() -> None:
         ("verify --help", ("torch", "transformers", "matplotlib")),
         ("diff --help", ("torch", "transformers", "matplotlib")),
         ("gguf --help", ("torch", "transformers", "matplotlib", "numpy")),
+        ("nvfp4 --help", ("torch", "transformers", "matplotlib", "numpy")),
         ("canary --help", ("torch", "transformers", "numpy")),
     ],
 )

@@ -45,7 +45,7 @@ def write_checkpoint(
     force: bool = False,
     link: bool = True,
     made: MadeTensors = NO_TENSORS,
-    files: Callable[[], Mapping[str, bytes]] | None = None,
+    files: Callable[[], Mapping[str, bytes | None]] | None = None,
     progress: Progress | None = None,
 ) -> WriteReport:
     """Write `base` with `edits`, `made` tensors and `config` to the folder `out`.
@@ -57,7 +57,8 @@ def write_checkpoint(
 
     Args:
         made: tensors that the base does not have, computed as they are written.
-        files: what else is to lie in the folder, by name, in place of the base's; asked for after the last tensor.
+        files: what else lies in the folder, by name, in place of the base's, None to leave that out; asked for after
+            the last tensor.
     Raises:
         UsageError: `out` exists without `force`, or is the base itself, inside it or around it.
         MissingError: the disk is full or too small.
@@ -91,7 +92,8 @@ def write_checkpoint(
             if name not in added:
                 copy_file(base.path / name, folder / name)
         for name, content in added.items():
-            write_bytes(folder / name, content)
+            if content is not None:
+                write_bytes(folder / name, content)
         _write_config(base, config, folder)
         _write_index(base, shards, folder)
         manifest = _read_back(base, shards, folder, transfer)

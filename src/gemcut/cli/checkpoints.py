@@ -154,6 +154,8 @@ def _only_files() -> Exception:
 def verify(model: str, base: str, plan_file: str | None, heal: str | None, any_parent: bool, talk: Talk) -> None:
     """Hold the bytes of a cut checkpoint, or of two GGUF files, against plan and manifest.
 
+    An NVFP4 folder is held against the model that it was quantised from, number by number.
+
     Exit code 4 and the names of the tensors when intent and bytes disagree.
     """
     from gemcut import models, stages
@@ -165,6 +167,12 @@ def verify(model: str, base: str, plan_file: str | None, heal: str | None, any_p
         return
     if any_parent:
         raise _only_files()
+    from gemcut.cli import nvfp4
+
+    if (quantised := nvfp4.nvfp4_folder(model)) is not None:
+        options.refuse("plan_file", "heal", wanted="an NVFP4 folder and its base")
+        nvfp4.verify_folder(quantised, base, talk)
+        return
     report = stages.verify_cut(
         Path(model),
         models.open_model(base),

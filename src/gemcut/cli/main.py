@@ -44,6 +44,7 @@ VERBS: dict[str, tuple[str, str]] = {
         "gemcut.cli.gguf:gguf",
         "Write GGUF files straight from safetensors, many types from one read.",
     ),
+    "nvfp4": ("gemcut.cli.nvfp4:nvfp4", "Write an NVFP4 checkpoint straight from safetensors."),
     "kld": ("gemcut.cli.measure:kld", "KL divergence of candidates from a base, streamed, no logits on disk."),
     "canary": (
         "gemcut.cli.canary:canary",

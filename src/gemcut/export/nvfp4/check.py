@@ -9,32 +9,35 @@ from __future__ import annotations
 
 import fnmatch
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
 import numpy as np
 
-from gemcut.checkpoint import Checkpoint, VerifyReport, verify
+from gemcut.checkpoint import Checkpoint, VerifyReport, diff, verify
 from gemcut.checkpoint.diff import config_changes
-from gemcut.checkpoint.folder import RECORDS, list_files
+from gemcut.checkpoint.folder import MANIFEST, RECORDS, SUMS, list_files, parse_sums
 from gemcut.checkpoint.read import INDEX, Progress
 from gemcut.checkpoint.values import decode
 from gemcut.errors import CheckpointError
 from gemcut.export.nvfp4.decode import E4M3, dequantise
 from gemcut.export.nvfp4.layout import (
     HEADS_KEY,
-    LAYOUTS,
     NAMES,
     QUANTIZATION,
     Layout,
     Scheme,
+    Told,
     cache_tensors,
+    read_config,
     tensors_of,
 )
+from gemcut.export.nvfp4.record import CONVERTED, RECORD
 from gemcut.export.nvfp4.served import check_served
 from gemcut.families.linears import LinearGroup, Matrix
-from gemcut.types import DTYPE_BYTES, F64, Json, TensorRef
+from gemcut.store import read_json, sha256_file
+from gemcut.types import DTYPE_BYTES, F64, TensorRef
 
 MAX_RELATIVE_ERROR = 0.12  # rounding bell-shaped weights loses 0.08 to 0.096; a swapped nibble or a lost scale far more
 _RANGE = 448.0 * 6.0
@@ -66,24 +69,6 @@ class Nvfp4Verified:
     verified: VerifyReport
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Told:
-    """What config.json says."""
-
-    layout: Layout
-    scheme: Scheme
-    ignore: tuple[str, ...]
-    cache: bool
-
-
-def is_nvfp4(config: Mapping[str, Json]) -> bool:
-    """Whether config.json speaks of NVFP4 weights, in either layout."""
-    said = config.get(QUANTIZATION)
-    if not isinstance(said, dict):
-        return False
-    return "nvfp4" in str(said.get("format", "")).lower() or "NVFP4" in str(said.get("quant_algo", ""))
-
-
 def verify_nvfp4(
     out: Checkpoint,
     base: Checkpoint,
@@ -96,7 +81,7 @@ def verify_nvfp4(
     Raises:
         CheckpointError: anything disagrees; the message names the first tensor.
     """
-    told = _told(out)
+    told = read_config(out.config, out.name)
     groups = base.family.linears().groups(base.text_config, {name: ref.shape for name, ref in base.tensors.items()})
     packed = NAMES[told.layout].packed
     quantised = {
@@ -113,7 +98,7 @@ def verify_nvfp4(
     if told.cache:
         _check_cache(out, base, told)
     errors = _errors(out, base, told, chosen, max_error, progress)
-    report = verify(out, base, progress=progress)
+    report = _bytes(out, base, progress)
     gone = {matrix.tensor for group in chosen for matrix in group.matrices}
     same = 0
     for fact in report.manifest.tensors:
@@ -147,23 +132,6 @@ def _refuse(what: str, where: str, *, got: object = None, wanted: object = None,
     raise CheckpointError(what, where=where, got=got, wanted=wanted, hint=hint)
 
 
-def _told(out: Checkpoint) -> _Told:
-    said = out.config.get(QUANTIZATION)
-    if not isinstance(said, dict) or not is_nvfp4(out.config) or said.get("quant_method") not in LAYOUTS:
-        _refuse("config.json does not speak of NVFP4", f"{out.name}, config.json: {QUANTIZATION}", got=str(said)[:80])
-    groups = said.get("config_groups")
-    group = groups.get("group_0") if isinstance(groups, dict) else None
-    ignore = said.get("ignore")
-    if not isinstance(group, dict) or not isinstance(ignore, list) or not all(isinstance(one, str) for one in ignore):
-        _refuse("config.json does not say what is quantised", f"{QUANTIZATION}: config_groups, ignore")
-    return _Told(
-        "modelopt" if said["quant_method"] == "modelopt" else "compressed-tensors",
-        "NVFP4" if group.get("input_activations") is not None else "NVFP4A16",
-        tuple(str(one) for one in ignore),
-        said.get("kv_cache_scheme") is not None,
-    )
-
-
 def _whole_groups(groups: Sequence[LinearGroup], quantised: Collection[str]) -> list[LinearGroup]:
     chosen = []
     for group in groups:
@@ -178,7 +146,7 @@ def _whole_groups(groups: Sequence[LinearGroup], quantised: Collection[str]) -> 
     return chosen
 
 
-def _check_tensors(out: Checkpoint, base: Checkpoint, told: _Told, chosen: Sequence[LinearGroup]) -> None:
+def _check_tensors(out: Checkpoint, base: Checkpoint, told: Told, chosen: Sequence[LinearGroup]) -> None:
     """Names, dtypes and shapes of everything, and nothing besides."""
     gone = {matrix.tensor for group in chosen for matrix in group.matrices}
     wanted = {name: ref for name, ref in base.tensors.items() if name not in gone}
@@ -205,7 +173,7 @@ def _cache(base: Checkpoint, layout: Layout) -> list[TensorRef]:
     return [ref for prefix in prefixes for ref in cache_tensors(f"{prefix}self_attn", layout)]
 
 
-def _check_served(base: Checkpoint, told: _Told, groups: Sequence[LinearGroup], quantised: Collection[str]) -> None:
+def _check_served(base: Checkpoint, told: Told, groups: Sequence[LinearGroup], quantised: Collection[str]) -> None:
     inside = {matrix.tensor for group in groups for matrix in group.matrices}
     others = [
         name.removesuffix(".weight")
@@ -216,6 +184,21 @@ def _check_served(base: Checkpoint, told: _Told, groups: Sequence[LinearGroup], 
     if told.layout == "modelopt":
         ignore = tuple("re:" + fnmatch.translate(one) for one in ignore)
     check_served(ignore, groups, quantised, [*others, "lm_head"], base.family.linears())
+
+
+def _bytes(out: Checkpoint, base: Checkpoint, progress: Progress | None) -> VerifyReport:
+    """Every byte against base and record. A converted folder's record speaks of the folder that it was converted from:
+    of it only the hashes of files count."""
+    record = out.path / RECORD
+    if not record.is_file() or CONVERTED not in read_json(record, "record of an NVFP4 export"):
+        return verify(out, base, progress=progress)
+    manifest = diff(base, out, progress=progress)
+    sums = parse_sums((out.path / SUMS).read_bytes()) if (out.path / SUMS).is_file() else {}
+    actual = {**manifest.files, MANIFEST: sha256_file(out.path / MANIFEST)} if sums else manifest.files
+    if wrong := [name for name, digest in sums.items() if actual.get(name) != digest]:
+        _refuse("files are not what the record says", min(wrong), hint="convert again")
+    changed = sum(fact.found != "same" for fact in manifest.tensors)
+    return VerifyReport(manifest, changed, (), False, bool(sums), len(manifest.files), ())
 
 
 def _check_config(out: Checkpoint, base: Checkpoint) -> None:
@@ -235,7 +218,7 @@ def _check_config(out: Checkpoint, base: Checkpoint) -> None:
         _refuse("a file of the base is missing", min(missing), hint="tokenizer and templates belong to the model")
 
 
-def _divisor(out: Checkpoint, told: _Told, name: str) -> float:
+def _divisor(out: Checkpoint, told: Told, name: str) -> float:
     """G or G_x from either layout."""
     value = float(out.read(name).view("<f4")[0])
     if not math.isfinite(value) or value <= 0:
@@ -243,7 +226,7 @@ def _divisor(out: Checkpoint, told: _Told, name: str) -> float:
     return value if NAMES[told.layout].divisor else 1.0 / value
 
 
-def _check_inputs(out: Checkpoint, told: _Told, chosen: Sequence[LinearGroup]) -> None:
+def _check_inputs(out: Checkpoint, told: Told, chosen: Sequence[LinearGroup]) -> None:
     """Scales of activations: one for what is fused, in a plausible range, near their layer's peers."""
     if told.scheme != "NVFP4":
         return
@@ -264,7 +247,7 @@ def _check_inputs(out: Checkpoint, told: _Told, chosen: Sequence[LinearGroup]) -
                 _refuse("a scale of inputs is far from its layer's", module, got=value, wanted=f"near {middle:g}")
 
 
-def _check_cache(out: Checkpoint, base: Checkpoint, told: _Told) -> None:
+def _check_cache(out: Checkpoint, base: Checkpoint, told: Told) -> None:
     for ref in _cache(base, told.layout):
         found = decode(ref.dtype, out.read(ref.name))
         if found is None or not _CACHE_SCALES[0] < float(found[0]) < _CACHE_SCALES[1]:
@@ -277,7 +260,7 @@ def _check_cache(out: Checkpoint, base: Checkpoint, told: _Told) -> None:
 def _errors(
     out: Checkpoint,
     base: Checkpoint,
-    told: _Told,
+    told: Told,
     chosen: Sequence[LinearGroup],
     max_error: float,
     progress: Progress | None,
@@ -310,7 +293,7 @@ def _errors(
     return errors
 
 
-def _one(out: Checkpoint, base: Checkpoint, told: _Told, matrix: Matrix, scale: float) -> tuple[float, float, float]:
+def _one(out: Checkpoint, base: Checkpoint, told: Told, matrix: Matrix, scale: float) -> tuple[float, float, float]:
     """Relative error, largest |w| and largest block scale of one matrix, in tiles of rows; sums in float64."""
     names = NAMES[told.layout]
     columns, dtype = matrix.columns, base.ref(matrix.tensor).dtype

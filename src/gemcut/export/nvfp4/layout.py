@@ -19,7 +19,7 @@ from typing import Literal, TypeAlias, get_args
 
 from gemcut import __version__
 from gemcut.checkpoint.made import new_tensor
-from gemcut.errors import UsageError
+from gemcut.errors import CheckpointError, UsageError
 from gemcut.families.linears import Matrix
 from gemcut.types import Json, TensorRef
 
@@ -77,6 +77,49 @@ def cache_tensors(attention: str, layout: Layout) -> tuple[TensorRef, TensorRef]
         names = (f"{attention}.k_proj.k_scale", f"{attention}.v_proj.v_scale")
         return new_tensor(names[0], "F32", ()), new_tensor(names[1], "F32", ())
     return new_tensor(f"{attention}.k_scale", "BF16", (1,)), new_tensor(f"{attention}.v_scale", "BF16", (1,))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Told:
+    """What a config.json says.   cache: keys and values are FP8."""
+
+    layout: Layout
+    scheme: Scheme
+    ignore: tuple[str, ...]
+    cache: bool
+
+
+def is_nvfp4(config: Mapping[str, Json]) -> bool:
+    """Whether config.json speaks of NVFP4 weights, in either layout."""
+    said = config.get(QUANTIZATION)
+    if not isinstance(said, dict):
+        return False
+    return "nvfp4" in str(said.get("format", "")).lower() or "NVFP4" in str(said.get("quant_algo", ""))
+
+
+def read_config(config: Mapping[str, Json], where: str) -> Told:
+    """Layout and scheme of an NVFP4 checkpoint.
+
+    Raises:
+        CheckpointError: config.json does not say them.
+    """
+    said = config.get(QUANTIZATION)
+    if not isinstance(said, dict) or not is_nvfp4(config) or said.get("quant_method") not in LAYOUTS:
+        raise CheckpointError(
+            "config.json does not speak of NVFP4", where=f"{where}, config.json: {QUANTIZATION}", got=str(said)[:80]
+        )
+    groups, ignore = said.get("config_groups"), said.get("ignore")
+    group = groups.get("group_0") if isinstance(groups, dict) else None
+    if not isinstance(group, dict) or not isinstance(ignore, list) or not all(isinstance(one, str) for one in ignore):
+        raise CheckpointError(
+            "config.json does not say what is quantised", where=f"{where}, {QUANTIZATION}: config_groups, ignore"
+        )
+    return Told(
+        "modelopt" if said["quant_method"] == "modelopt" else "compressed-tensors",
+        "NVFP4" if group.get("input_activations") is not None else "NVFP4A16",
+        tuple(str(one) for one in ignore),
+        said.get("kv_cache_scheme") is not None,
+    )
 
 
 def refuse_quantised(config: Mapping[str, Json], where: str) -> None:

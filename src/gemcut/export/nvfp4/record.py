@@ -10,6 +10,7 @@ from gemcut.export.nvfp4.scales import Method
 from gemcut.types import Json
 
 RECORD = "nvfp4.json"
+CONVERTED = "converted_from"  # the layout that a converted folder had
 FORMAT, SCHEMA = "gemcut nvfp4", 1
 _DIGITS = 6
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from gemcut import machine
 from gemcut.checkpoint import Checkpoint, write_checkpoint
 from gemcut.checkpoint.made import Made
 from gemcut.checkpoint.read import Progress
@@ -33,7 +34,11 @@ from gemcut.export.nvfp4.quantise import Quantiser, check_device
 from gemcut.export.nvfp4.record import RECORD, Origin, record_json
 from gemcut.export.nvfp4.scales import Method
 from gemcut.export.nvfp4.served import check_served
+from gemcut.store import free_bytes, need_disk
 from gemcut.types import Edits, Json, Manifest, Omit
+
+_BASE_MEMORY_BYTES = 600 << 20  # torch, buffers and the hashing threads
+_RECORD_BYTES = 400  # of one module in nvfp4.json and manifest.json
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +118,7 @@ def prepare(checkpoint: Checkpoint, settings: Settings, statistics: Path | None 
         MissingError: the device is not here.
     """
     refuse_quantised(checkpoint.config, checkpoint.name)
+    _ = checkpoint.sites  # every shape that the family relies on
     check_device(settings.device)
     method: Method = settings.scales or ("sweep" if statistics is None else "weighted")
     if statistics is None and (settings.scheme == "NVFP4" or method == "weighted"):
@@ -186,6 +192,38 @@ def write_nvfp4(
         left=prepared.choice.left,
         manifest=report.manifest,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Nvfp4Preflight:
+    """What an export would read, write and need. Sizes are exact, the record excepted."""
+
+    scheme: Scheme
+    scales: Method
+    parts: tuple[PartSize, ...]
+    size_bytes_before: int
+    size_bytes: int
+    write_bytes: int
+    free_bytes: int
+    memory_bytes: int
+    available_bytes: int
+
+
+def estimate(prepared: Prepared, out: Path) -> Nvfp4Preflight:
+    """Costs, and a refusal of what cannot finish.
+
+    Raises:
+        MissingError: the disk is too small.
+    """
+    modules = sum(part.modules for part in prepared.parts)
+    largest = max(matrix.rows * matrix.columns for group in prepared.choice.chosen for matrix in group.matrices)
+    write = prepared.size_bytes + modules * _RECORD_BYTES
+    need_disk(out, write)
+    return Nvfp4Preflight(
+        prepared.settings.scheme, prepared.quantiser.method, prepared.parts, prepared.size_bytes_before,
+        prepared.size_bytes, write, free_bytes(out), _BASE_MEMORY_BYTES + largest // 16 + modules * 4 * _RECORD_BYTES,
+        machine.available_bytes(),
+    )  # fmt: skip
 
 
 def other_linears(checkpoint: Checkpoint, choice: Choice) -> list[str]:

@@ -35,6 +35,7 @@ def check_served(
             missing, or experts of one layer differ.
     """
     wanted = set(quantised)
+    _check_experts(groups, wanted)
     for group in groups:
         for matrix in group.matrices:
             _agree(matrix.module, ignore, linears, stays=matrix.module not in wanted)
@@ -44,7 +45,6 @@ def check_served(
     for prefix in {group.matrices[0].module.rpartition(".")[0] for group in groups if group.part != "experts"}:
         for fused in linears.fused:
             _check_fused(prefix, fused, there, ignore, linears)
-    _check_experts(groups, wanted)
 
 
 def ignored(name: str, ignore: Sequence[str]) -> bool:
