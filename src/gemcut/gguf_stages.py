@@ -20,6 +20,7 @@ from gemcut.export.record import load_record, record_path
 from gemcut.export.run import ExportReport
 from gemcut.export.targets import Planned
 from gemcut.exporting import Export
+from gemcut.families import is_drafter
 from gemcut.gguf_file.header import GgufFile, open_gguf
 from gemcut.recipe import CurvatureWords, GgufWords, ImatrixWords, Measure
 from gemcut.records.curvature import save_curvature
@@ -139,6 +140,7 @@ def plan_files(
     threads = words.threads or machine.cores()
     if words.drafter is not None:
         drafter = models.open_exportable(words.drafter.model)
+        _check_drafter(drafter, base)
         drafters = exporting.plan_export(drafter, exporting.GgufWords(words.drafter.tiers), threads=threads)
     drafter_bytes = drafters[0].planned[0].size_bytes if drafters else None
     cards = tuple(
@@ -160,7 +162,22 @@ def plan_files(
     )
     if not (words.tiers or words.mmproj or mix.asked):
         return drafters
-    return (*exporting.plan_export(base, asked, threads=threads, progress=progress), *drafters)
+    exports = (*exporting.plan_export(base, asked, threads=threads, progress=progress), *drafters)
+    names = [plan.target.name for export in exports for plan in export.planned]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise UsageError("two files would have one name", got=twice[0], hint="rename a model's folder, or ask for one")
+    return exports
+
+
+def _check_drafter(drafter: Checkpoint, base: Checkpoint) -> None:
+    wide, backbone = base.text_config.get("hidden_size"), drafter.config.get("backbone_hidden_size")
+    if not is_drafter(drafter.config):
+        raise UsageError("this model is no drafter", where=drafter.name, wanted="gemma4_assistant")
+    if backbone != wide:
+        raise UsageError(
+            "the drafter was made for another model", where=drafter.name, got=f"backbone_hidden_size {backbone}",
+            wanted=wide,
+        )  # fmt: skip
 
 
 def write_files(

@@ -17,6 +17,8 @@ from gemcut.export.targets import Importances
 from gemcut.families.gguf import GgufLayout
 from gemcut.ggml.library import Library
 from gemcut.ggml.types import GgmlType, parse_type
+from gemcut.gguf_file import open_gguf
+from gemcut.models import is_gguf
 from gemcut.records.curvature import load_curvature
 from gemcut.store import write_bytes
 from gemcut.types import Json
@@ -181,7 +183,8 @@ def card_words(
             kind = stock.file_type(projector).base
             others.append((MMPROJ, file_size(0, projector_types(layout, kind), layout).size_bytes))
         elif Path(word).is_file():
-            others.append((Path(word).name, Path(word).stat().st_size))
+            file = Path(word)
+            others.append((file.name, open_gguf(file).size_bytes if is_gguf(word) else file.stat().st_size))
         else:
             raise UsageError(
                 "nothing that could lie beside the model", got=word, wanted=f"{MMPROJ}, {DRAFTER} or a GGUF file"

@@ -17,7 +17,7 @@ from gemcut.gguf_file import open_gguf, read_gguf
 from gemcut.records import save_plan
 from gemcut.types import LayerPlan, Plan
 from gguf_file.raw_gguf import Raw
-from tiny import make_drafter, make_tiny
+from tiny import add_vision, make_drafter, make_tiny
 
 DEMO_DENSE = Path(__file__).parents[2] / "demo" / "dense"
 
@@ -91,6 +91,32 @@ def test_a_drafter_is_exported_too(tmp_path: Path, capsys: pytest.CaptureFixture
     assert read_gguf(tmp_path / "o" / "little-drafter-BF16.gguf").value("general.architecture") == "gemma4-assistant"
 
 
+def test_a_model_with_its_tower_and_its_drafter(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, drafter = add_vision(make_tiny(tmp_path / "eyes", "moe")), make_drafter(tmp_path / "little")
+    words = ("-t", "Q8_0", "--mmproj", "f16", "--mmproj", "Q8_0", "--drafter", drafter, "-o", tmp_path / "o")
+    code, _, err = gemcut(capsys, "gguf", model, *words)
+    assert code == 0, err
+    found = {path.name: read_gguf(path) for path in (tmp_path / "o").glob("*.gguf")}
+    assert {
+        name: (file.value("general.architecture"), file.value("general.file_type")) for name, file in found.items()
+    } == {
+        "eyes-Q8_0.gguf": ("gemma4", 7),
+        "mmproj-eyes-F16.gguf": ("clip", 1),
+        "mmproj-eyes-Q8_0.gguf": ("clip", 7),
+        "little-Q8_0.gguf": ("gemma4-assistant", 7),
+    }
+    wide = make_drafter(tmp_path / "wide", backbone=96)
+    twin = make_drafter(tmp_path / "twin" / "eyes")
+    for other, says in (
+        (model, "no drafter"),
+        (wide, "made for another model"),
+        (twin, "two files would have one name"),
+    ):
+        code, _, err = gemcut(capsys, "gguf", model, "-t", "Q8_0", "--drafter", other, "-o", tmp_path / "n")
+        assert (code, says in err) == (2, True), err
+    assert not (tmp_path / "n").exists()
+
+
 def test_parts_of_at_most_a_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert gemcut(capsys, "gguf", "demo:moe", "-t", "Q8_0", "-o", tmp_path, "--max-shard-size", "4MB")[0] == 0
     parts = sorted(tmp_path.glob("*.gguf"))
@@ -110,6 +136,9 @@ def test_parts_of_at_most_a_size(tmp_path: Path, capsys: pytest.CaptureFixture[s
         (("-t", "Q8_0", "--max-shard-size", "many"), 2, "not a size"),
         (("-t", "Q8_0", "--mmproj", "F16"), 2, "no vision tower"),
         (("-t", "Q8_0", "--imatrix", "no/such.gguf"), 2, "no such imatrix"),
+        (("-t", "Q8_0", "--kv", "q8_0"), 2, "--kv would change nothing here"),
+        (("-t", "Q8_0", "--with", "mmproj"), 2, "wanted --fit"),
+        (("-t", "Q8_0", "--curvature", "c"), 2, "--curvature would change nothing here"),
     ],
 )
 def test_refusals(

@@ -11,8 +11,10 @@ import torch
 from tests.cli.verb import gemcut
 from tests.tiny import make_tiny
 
+from gemcut.checkpoint import open_checkpoint
 from gemcut.ggml.types import GgmlType
 from gemcut.gguf_file import read_gguf
+from gemcut.mixing import card_words
 
 Capture = pytest.CaptureFixture[str]
 pytestmark = pytest.mark.slow  # every type's quantiser runs
@@ -95,6 +97,14 @@ def test_a_card_shows_where_its_memory_goes(place: Path, tmp_path: Path, capsys:
     code, out, _ = gemcut(capsys, *words, "--dry-run")
     assert code == 0
     assert "KV cache, sliding layers" in out
+
+
+def test_a_split_file_beside_the_model_counts_with_all_its_parts(place: Path, tmp_path: Path, capsys: Capture) -> None:
+    run(capsys, "gguf", place / "dense", "-t", "Q8_0", "--max-shard-size", "200KB", "-o", tmp_path)
+    parts = sorted(tmp_path.glob("*.gguf"))
+    assert len(parts) > 1
+    card = card_words(open_checkpoint(place / "dense"), 1 << 30, 1024, "f16", [str(parts[1])])
+    assert card.others == ((parts[1].name, sum(part.stat().st_size for part in parts)),)
 
 
 @pytest.mark.parametrize(

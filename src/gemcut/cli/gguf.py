@@ -87,6 +87,10 @@ def gguf(
 
     if not (types or sizes or fit or mmprojs or drafter):
         raise UsageError("no file type was asked for", hint="-t Q4_K_M -t IQ3_M, --size 10GiB, or --fit 24GiB")
+    if not fit:
+        options.refuse("context", "kv", "beside", wanted="--fit SIZE")
+    if not (fit or sizes):
+        options.refuse("curvature", wanted="--size or --fit")
     base = models.open_exportable(model)
     if heal and not plan_file:
         raise UsageError("--heal goes with the --plan that it refitted")
