@@ -258,14 +258,14 @@ def presumed_costs(
     return found, header
 
 
-def estimate(exports: Sequence[Export], out: Path, threads: int) -> GgufPreflight:
+def estimate(exports: Sequence[Export], out: Path, threads: int, *, force: bool = False) -> GgufPreflight:
     """Sizes to the byte, and a refusal of what cannot finish.
 
     Raises:
         MissingError: the disk or the memory is too small.
     """
     files = costs_of(exports)
-    write = sum(bytes_to_write(plan, out) for export in exports for plan in export.planned)
+    write = sum(bytes_to_write(plan, out, force=force) for export in exports for plan in export.planned)
     headers = sum(part.data_start for export in exports for plan in export.planned for part in plan.parts)
     memory = _BASE_MEMORY_BYTES + _HEADER_COPIES * headers // max(len(files), 1) + headers
     memory += threads * 8 * PIECE_ELEMENTS * 4

@@ -55,6 +55,8 @@ def test_a_dry_run_says_the_size_to_the_byte_and_writes_nothing(
     assert said["files"][0]["size_bytes"] == file.size_bytes == said["write_bytes"]
     assert {"F16"} == {kind for one in said["files"][0]["kinds"] if one["role"] == "attn_k" for kind in one["types"]}
     assert {r.kind.name for r in file.tensors.values() if "attn_k.weight" in r.name} == {"F16"}
+    for more, bytes_ in ((), 0), (("--force",), file.size_bytes):
+        assert json.loads(gemcut(capsys, *args, *more, "--dry-run", "--json")[1])["write_bytes"] == bytes_
     code, out, _ = gemcut(capsys, *args, "--dry-run")
     assert f"{file.size_bytes:,}" in out
     assert "free" in out

@@ -124,7 +124,7 @@ def gguf(
     mixes = [mix for export in exports for mix in export.mixes]
     for one in mixes:
         _show_mix(talk, one)
-    found = exporting.estimate(exports, Path(out), threads)
+    found = exporting.estimate(exports, Path(out), threads, force=force)
     if dry_run:
         _show_preflight(talk, found)
         return

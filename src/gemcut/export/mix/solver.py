@@ -89,7 +89,7 @@ def solve(
         raise UsageError(
             "no mix of these types is so small",
             got=f"a budget of {budget_bytes} bytes",
-            wanted=f"at least {least} bytes ({least / 2**30:.2f} GiB)",
+            wanted=f"at least {least} bytes ({least / 2**20:,.1f} MiB)",
             hint="a larger size, smaller types (they need an importance matrix), or a smaller model",
         )
     taken, price = _by_price(choices, budget_bytes - base)
