@@ -324,7 +324,7 @@ def _set(data: dict[str, Json], override: str) -> None:
     *parents, last = key.split(".")
     node = data
     for parent in parents:
-        child = node.setdefault(parent, {})
+        child = node[parent] = node.get(parent) or {}  # null is a part that is not there
         if isinstance(child, str) and parent == "score":
             child = node[parent] = {"criterion": child}
         if not isinstance(child, dict):

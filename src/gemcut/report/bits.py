@@ -64,7 +64,7 @@ def bits(cells: Sequence[Cell], title: str, *, name: str = "bits") -> Drawing | 
         bar.set_label("bits per weight, as stored", color=MUTED)
         bar.outline.set_visible(False)
         total = sum(cell.bpw * cell.elements for cell in cells) / sum(cell.elements for cell in cells)
-        axes.set_title(f"{plain(title)}: {total:.2f} bits per weight")
+        axes.set_title(f"{plain(title)}: {total:.2f} bits per weight in its matrices")
         caption = (
             "Bits of a weight as stored, by layer and kind of tensor; an empty cell is a tensor that the layer has not"
         )
