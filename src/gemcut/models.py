@@ -26,8 +26,17 @@ def open_model(ref: str) -> Checkpoint:
     local = shipped.model_path(ref)
     if local is not None:
         return open_checkpoint(local, ref)
+    _refuse_gguf(ref)
     found = resolve(ref)
     return open_checkpoint(found.path, found.name)
+
+
+def _refuse_gguf(ref: str) -> None:
+    if is_gguf(ref) and Path(ref).is_file():
+        raise UsageError(
+            "a checkpoint is wanted here, and this is a GGUF file", where=ref, wanted="a folder of safetensors",
+            hint="cut, verify, diff and kld take GGUF files",
+        )  # fmt: skip
 
 
 def open_exportable(ref: str) -> Checkpoint:
@@ -65,6 +74,7 @@ def diff(a: str, b: str, *, progress: Progress | None = None) -> Manifest:
 def open_any(ref: str) -> Checkpoint:
     """A model of whatever architecture, its shapes not held against its config; headers only."""
     local = shipped.model_path(ref)
+    _refuse_gguf(ref)
     found = resolve(ref) if local is None else None
     path = local if found is None else found.path
     assert path is not None

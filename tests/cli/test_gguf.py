@@ -122,6 +122,9 @@ def test_a_model_with_its_tower_and_its_drafter(tmp_path: Path, capsys: pytest.C
 def test_parts_of_at_most_a_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert gemcut(capsys, "gguf", "demo:moe", "-t", "Q8_0", "-o", tmp_path, "--max-shard-size", "4MB")[0] == 0
     parts = sorted(tmp_path.glob("*.gguf"))
+    for words in (("gguf", parts[0], "-t", "Q4_0", "-o", tmp_path / "o"), ("inspect", parts[0])):
+        code, _, err = gemcut(capsys, *words)
+        assert (code, "this is a GGUF file" in err) == (2, True)
     assert len(parts) == 4
     assert all(part.stat().st_size < 4_300_000 for part in parts)
     assert len(open_gguf(parts[2]).tensors) == 134

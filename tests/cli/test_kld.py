@@ -69,3 +69,7 @@ def test_files_that_are_no_model(tmp_path: Path, capsys: pytest.CaptureFixture[s
     code, _, err = gemcut(capsys, "kld", "demo:dense", tmp_path / "broken.gguf", *LITTLE)
     assert code == 4
     assert "broken.gguf" in err
+    assert gemcut(capsys, "gguf", "demo:dense-drafter", "-t", "Q8_0", "-o", tmp_path)[0] == 0
+    code, _, err = gemcut(capsys, "kld", "demo:dense", tmp_path / "demo-dense-drafter-Q8_0.gguf", *LITTLE)
+    assert code == 2
+    assert "without its trunk" in err

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 
 from gemcut.checkpoint.read import Checkpoint
-from gemcut.errors import CheckpointError
+from gemcut.errors import CheckpointError, UsageError
+from gemcut.families.gemma4_assistant_gguf import ARCHITECTURE as DRAFTER
 from gemcut.ggml.model import Model
 from gemcut.gguf_file.header import GgufFile
 from gemcut.gguf_file.identity import gguf_fingerprint
@@ -164,6 +165,7 @@ def check_ids(model: Compared, base: Compared, corpus: Corpus, folder: Path | No
     Args:
         folder: a checkpoint folder whose tokenizer made the ids; None where only GGUF files are compared.
     Raises:
+        UsageError: it is a drafter's file.
         CheckpointError: another tokenizer, vocabulary or BOS.
     """
     if vocabulary_of(model) != vocabulary_of(base):
@@ -180,6 +182,8 @@ def check_ids(model: Compared, base: Compared, corpus: Corpus, folder: Path | No
                 hint="KL divergence needs the same token ids in both models",
             )
         return
+    if model.value("general.architecture") == DRAFTER:
+        raise UsageError("a drafter has no logits without its trunk", where=name_of(model), wanted="a model file")
     if isinstance(base, GgufFile) and _tokens(model) != _tokens(base):
         raise CheckpointError(
             "the files have different tokens", where=name_of(model), wanted=f"those of {name_of(base)}"
