@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import contextlib
 import struct
+import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -194,8 +195,9 @@ def test_a_killed_writer_leaves_nothing_that_is_read(tmp_path: Path) -> None:
 def test_no_such_file_and_a_folder(tmp_path: Path) -> None:
     with pytest.raises(UsageError):
         read_imatrix(tmp_path / "nothing.gguf")
-    with pytest.raises(CheckpointError):
-        read_imatrix(tmp_path)
+    with pytest.raises(CheckpointError) as caught:
+        read_imatrix(Path("."))
+    assert caught.value.where == "."
 
 
 # ---------------------------------------------------------------- the older form
@@ -242,6 +244,19 @@ def test_hostile_files_of_the_older_form(tmp_path: Path, change: Callable[[bytes
     (tmp_path / "i.dat").write_bytes(change(legacy({DENSE: (3, [1.0, 2.0, 3.0])})))
     with pytest.raises(CheckpointError):
         read_imatrix(tmp_path / "i.dat")
+
+
+@pytest.mark.parametrize("head", [(7, 2**30), (2**31 - 1, 4), (1, 4)])
+def test_a_large_file_that_is_no_imatrix_is_not_read(tmp_path: Path, head: tuple[int, int]) -> None:
+    with open(tmp_path / "i.dat", "wb") as f:
+        f.write(struct.pack("<ii", *head))
+        f.truncate(1 << 32)  # sparse
+    tracemalloc.start()
+    with pytest.raises(CheckpointError, match="too large" if head == (1, 4) else "no imatrix"):
+        read_imatrix(tmp_path / "i.dat")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1 << 20
 
 
 @given(st.binary(max_size=400))

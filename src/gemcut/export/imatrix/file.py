@@ -10,6 +10,7 @@ Source: tools/imatrix/imatrix.cpp and common/imatrix-loader.cpp of llama.cpp b11
 
 from __future__ import annotations
 
+import os
 import re
 import struct
 from collections.abc import Mapping
@@ -33,7 +34,9 @@ _CHUNKS, _CHUNK_SIZE = "imatrix.chunk_count", "imatrix.chunk_size"
 _OWN = "gemcut.imatrix."
 _MAX_COUNT = 2.0**53
 _MAX_UNITS = 1 << 16
+_LEGACY_MAX_ENTRIES = 1 << 20
 _LEGACY_MAX_NAME = 512
+_LEGACY_MAX_BYTES = 2 << 30  # a 31B's takes 25 MB
 
 
 def write_imatrix(path: Path, imatrix: Imatrix, *, force: bool = False) -> None:
@@ -90,7 +93,7 @@ def read_imatrix(path: Path) -> Imatrix:
     except FileNotFoundError:
         raise UsageError("there is no such imatrix", where=str(path)) from None
     except OSError as error:
-        raise CheckpointError(f"cannot read the imatrix: {error.strerror}", where=path.name) from None
+        raise CheckpointError(f"cannot read the imatrix: {error.strerror}", where=str(path)) from None
     return _from_gguf(read_gguf(path)) if magic == b"GGUF" or magic == bytes(4) else _from_legacy(path)
 
 
@@ -222,7 +225,14 @@ def _starved(lines: tuple[str, ...], entries: Mapping[str, Entry], where: str) -
 
 def _from_legacy(path: Path) -> Imatrix:
     """i32 entries · (i32 length, name, i32 calls, i32 values, f32 values)… · i32 chunks · i32 length, dataset."""
-    raw = path.read_bytes() if path.stat().st_size < 1 << 33 else b""
+    with open(path, "rb") as f:
+        raw = f.read(8)  # any file may come: two numbers are looked at before the rest is read
+        head = struct.unpack("<2i", raw) if len(raw) == 8 else (0, 0)
+        if 1 <= head[0] <= _LEGACY_MAX_ENTRIES and 1 <= head[1] <= _LEGACY_MAX_NAME:
+            if os.fstat(f.fileno()).st_size > _LEGACY_MAX_BYTES:
+                wanted = f"at most {_LEGACY_MAX_BYTES} bytes"
+                raise CheckpointError("the imatrix is too large", where=path.name, wanted=wanted)
+            raw += f.read(_LEGACY_MAX_BYTES)
     at = 0
 
     def number(what: str, low: int, high: int) -> int:
@@ -245,7 +255,7 @@ def _from_legacy(path: Path) -> Imatrix:
         return raw[at - size : at]
 
     entries: dict[str, Entry] = {}
-    for _ in range(number("its number of entries", 1, 1 << 20)):
+    for _ in range(number("its number of entries", 1, _LEGACY_MAX_ENTRIES)):
         name = take(number("the length of a name", 1, _LEGACY_MAX_NAME), "a name").decode("utf-8", "replace")
         calls = number("a number of calls", 1, 1 << 30)
         width = number("a number of values", 1, 1 << 30)
