@@ -130,7 +130,8 @@ def gguf(
         return
     for export in exports:
         for why, count in Counter(export.layout.left_out.values()).items():
-            talk.say(f"{count} tensors are not in {export.planned[0].target.name}: {why}")
+            what = "1 tensor is" if count == 1 else f"{count} tensors are"
+            talk.say(f"{what} not in {export.planned[0].target.name}: {why}")
     reports = gguf_stages.write_files(exports, words, Path(out), force=force, progress=talk.progress)
     _show(talk, reports, mixes, out)
 
