@@ -107,13 +107,14 @@ class _Files:
     importances: Importances | None
     _keys: dict[str, Mapping[str, Value]] = field(default_factory=dict)
 
-    def plan(self, layout: GgufLayout, name: str, types: Mapping[str, GgmlType], number: int) -> Planned:
+    def plan(self, layout: GgufLayout, file_name: str, types: Mapping[str, GgmlType], number: int) -> Planned:
         """One file laid out."""
         base, parent = self.checkpoint, self.checkpoint.fingerprint
         whole = base.base.fingerprint if isinstance(base, EditedCheckpoint) else parent
         keys = self._keys.get(layout.architecture)  # the vocabulary is read once for all files
         if keys is None:
-            keys = file_metadata(base.path, base.config, layout, name=base.name, file_type=number)
+            name = file_stem(base) if ":" in base.name else base.name  # demo:moe is a reference, no name
+            keys = file_metadata(base.path, base.config, layout, name=name, file_type=number)
             self._keys[layout.architecture] = keys
         file = self.words.imatrix.name if self.words.imatrix is not None else ""
         metadata = {
@@ -121,7 +122,7 @@ class _Files:
             "general.file_type": Value("u32", number),
             **provenance(whole, self.library.identity, self.imatrix, file, cut=parent if whole != parent else ""),
         }
-        target = Target(name, types, metadata, self.importances)
+        target = Target(file_name, types, metadata, self.importances)
         return plan_target(
             target, layout, parent=parent, quantiser=self.library.identity, max_shard_bytes=self.words.max_shard_bytes
         )

@@ -37,6 +37,7 @@ def test_many_types_from_one_read_and_nothing_the_second_time(
     found = read_gguf(tmp_path / "demo-moe-Q8_0.gguf")
     assert found.value("general.file_type") == 7
     assert found.value("gemcut.parent.fingerprint")
+    assert found.value("general.name") == "Demo Moe"
     code, out, _ = gemcut(capsys, *args)
     assert [file["found"] for file in json.loads(out)["reports"][0]["files"]] == [True, True]
 
