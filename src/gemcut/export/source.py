@@ -84,7 +84,7 @@ class Source:
             raise UsageError(
                 "only float tensors become GGUF", where=tensor.source, got=ref.dtype, wanted=" or ".join(_FLOATS)
             )
-        if ref.elements != self._stored_elements() or (
+        if ref.elements != tensor.weights or (
             tensor.permute
             and (prod(self._stored) != ref.elements or sorted(tensor.permute) != list(range(len(self._stored))))
         ):
@@ -170,12 +170,6 @@ class Source:
             self._check(part, stored)
             values[at : at + len(part), : grown.columns[0]] = part
         return Loaded(values, None, "F32", digest.digest())
-
-    def _stored_elements(self) -> int:
-        grown = self.tensor.grown
-        if grown is None:
-            return prod(self.tensor.shape)
-        return self.rows // grown.rows[1] * grown.rows[0] * grown.columns[0]
 
     def _read(self, piece: Piece) -> U8:
         """Rows as they are stored."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import prod
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -62,13 +61,15 @@ class Planned:
     """A target laid out: nothing about its size is left to chance.
 
     importance: tensor → hash of its importances, "" where they change nothing.   settings: hash of all that decides
-    the file but the weights' own bytes, which the checkpoint's fingerprint stands for.
+    the file but the weights' own bytes, which the checkpoint's fingerprint stands for.   elements: weights, zeros of
+    padded experts left out.
     """
 
     target: Target
     parts: tuple[Layout, ...]
     importance: Mapping[str, str]
     settings: str
+    elements: int
 
     @property
     def size_bytes(self) -> int:
@@ -78,10 +79,6 @@ class Planned:
     def payload_bytes(self) -> int:
         """Bytes of the tensors, padding left out."""
         return sum(ref.size_bytes for part in self.parts for ref in part.tensors.values())
-
-    @property
-    def elements(self) -> int:
-        return sum(prod(ref.shape) for part in self.parts for ref in part.tensors.values())
 
     @property
     def bits_per_weight(self) -> float:
@@ -123,7 +120,7 @@ def plan_target(
             "importance": importance,
         }
     )
-    return Planned(target, parts, importance, settings)
+    return Planned(target, parts, importance, settings, sum(tensor.weights for tensor in tensors))
 
 
 def units(tensor: GgufTensor) -> int:

@@ -54,6 +54,15 @@ class GgufTensor:
     keep_f32: bool = False
     grown: Grown | None = None
 
+    @property
+    def weights(self) -> int:
+        """Elements without the zeros of `grown`."""
+        found = prod(self.shape)
+        if self.grown is None:
+            return found
+        (few_rows, rows), (few_columns, columns) = self.grown.rows, self.grown.columns
+        return found // (rows * columns) * (few_rows * few_columns)
+
 
 @dataclass(frozen=True, slots=True)
 class GgufLayout:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from gemcut.export.mix.padding import UNPADDED_KEY, PaddedImportances, grow_marg
 from gemcut.export.mix.sizes import file_size
 from gemcut.export.mix.stock import stock_types
 from gemcut.export.source import Buffers, Piece, Source
-from gemcut.exporting import GgufWords, plan_export, write_export
+from gemcut.exporting import GgufWords, costs_of, plan_export, write_export
 from gemcut.families.gguf import GgufLayout, Grown, Value
 from gemcut.ggml.model import Model
 from gemcut.gguf_file import read_gguf
@@ -45,6 +46,7 @@ def test_only_experts_grow_and_the_file_says_so(layout: GgufLayout) -> None:
     assert padded.metadata[key] == Value("u32", 256)
     assert padded.metadata[UNPADDED_KEY] == Value("u32", width)
     for before, after in zip(layout.tensors, padded.tensors, strict=True):
+        assert after.weights == before.weights == prod(before.shape)
         if before.role not in ("ffn_gate_up_exps", "ffn_down_exps"):
             assert after is before
         elif before.role == "ffn_down_exps":
@@ -74,7 +76,7 @@ def test_values_are_those_stored_with_zeros_behind(model: Checkpoint, layout: Gg
         np.testing.assert_array_equal(np.concatenate(parts), wanted.reshape(-1, tensor.shape[-1]))
 
 
-def test_a_padded_file_computes_the_same(model: Checkpoint, tmp_path: Path) -> None:
+def test_a_padded_file_computes_the_same(model: Checkpoint, layout: GgufLayout, tmp_path: Path) -> None:
     tokens = np.arange(5, 45, dtype=np.int64)
     logits = []
     seen: list[tuple[int, int]] = []
@@ -87,6 +89,10 @@ def test_a_padded_file_computes_the_same(model: Checkpoint, tmp_path: Path) -> N
         seen.clear()
         path = tmp_path / export.planned[0].target.name
         assert path.name.endswith("-padded.gguf") == pad
+        weights = sum(prod(tensor.shape) for tensor in layout.tensors)  # with or without zeros
+        assert export.planned[0].bits_per_weight == 8 * export.planned[0].payload_bytes / weights
+        (cost,) = costs_of((export,))
+        assert sum(kind.elements for kind in cost.kinds) == weights
         assert read_gguf(path).value("gemma4.expert_feed_forward_length") == (256 if pad else 32)
         with Model(path, threads=1, context=64) as one:
             logits.append(one.logits(tokens))

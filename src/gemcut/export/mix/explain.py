@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import prod
 
 from gemcut.export.mix.shapes import quantisable
 from gemcut.export.mix.sizes import role_of
@@ -62,7 +61,7 @@ def choices(
             tensor.layer,
             types[tensor.name],
             tensor_bytes(types[tensor.name], tensor.shape),
-            prod(tensor.shape),
+            tensor.weights,
             damage.get((tensor.name, types[tensor.name])),
         )
         for tensor in layout.tensors

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import prod
 
 from gemcut.families.gguf import GgufLayout, GgufTensor
 from gemcut.ggml.types import GgmlType, tensor_bytes
@@ -16,7 +15,10 @@ _BLOCK = re.compile(r"^blk\.\d+\.")
 
 @dataclass(frozen=True, slots=True)
 class KindSize:
-    """All tensors of one role. bpw: bits of a weight as stored, not as the type's name says."""
+    """All tensors of one role. elements: weights, zeros of padding left out.
+
+    bpw: bits of a weight as stored, not as the type's name says.
+    """
 
     role: str
     tensors: int
@@ -31,7 +33,10 @@ class KindSize:
 
 @dataclass(frozen=True, slots=True)
 class FileSize:
-    """header_bytes: up to the first tensor's data.   payload_bytes: tensors without padding."""
+    """header_bytes: up to the first tensor's data.   payload_bytes: tensors without padding between them.
+
+    elements: weights, zeros of wider experts left out.
+    """
 
     header_bytes: int
     payload_bytes: int
@@ -74,13 +79,13 @@ def file_size(
         kind = types[tensor.name]
         payload += tensor_bytes(kind, tensor.shape)
         stored += stored_bytes(kind, tensor, alignment=alignment)
-        elements += prod(tensor.shape)
+        elements += tensor.weights
         by_role.setdefault(role_of(tensor.name), []).append(tensor)
     kinds = []
     for role, tensors in by_role.items():
         size = sum(tensor_bytes(types[one.name], one.shape) for one in tensors)
         used = tuple(sorted({types[one.name] for one in tensors}))
-        kinds.append(KindSize(role, len(tensors), sum(prod(one.shape) for one in tensors), size, used))
+        kinds.append(KindSize(role, len(tensors), sum(one.weights for one in tensors), size, used))
     kinds.sort(key=lambda one: (-one.size_bytes, one.role))
     return FileSize(header_bytes, payload, stored - payload, elements, tuple(kinds))
 
