@@ -153,6 +153,13 @@ def test_the_coverage_gate_keeps_the_matrix(place: Path, tmp_path: Path) -> None
     assert not list(tmp_path.glob("tiny/gguf-*"))
 
 
+def test_the_kld_gate_of_files(place: Path, tmp_path: Path) -> None:
+    sets = ("gguf.imatrix=null", "gguf.tiers=[Q4_0]", "kld.max_mean_nats=0.000000001")
+    with pytest.raises(QualityError, match="KLD gate"):
+        pipeline.run(words(place, "dense", *sets), tmp_path)
+    assert (tmp_path / "tiny" / "report" / "index.html").is_file(), "the work is kept"
+
+
 @pytest.mark.slow
 def test_card_003_in_small(tmp_path: Path) -> None:
     """The shipped demo: damage falls with size, the solved file keeps its budget, and the report shows all of it."""

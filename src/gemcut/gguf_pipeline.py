@@ -152,3 +152,7 @@ class GgufJob(Job):
             self.result.report = reporting.write_gguf(
                 self.recipe, self.base, found, times=self.times(), out=self.result.folder / "report"
             )
+        measured = {} if found is None else found.measured
+        for file in measured:
+            if file != FLOOR:
+                stages.kld_gate(self.recipe.kld, measured, file, hint="larger types, or other importances")

@@ -324,7 +324,9 @@ def _set(data: dict[str, Json], override: str) -> None:
     *parents, last = key.split(".")
     node = data
     for parent in parents:
-        child = node[parent] = node.get(parent) or {}  # null is a part that is not there
+        child = node.get(parent)
+        if child is None:  # null is a part that is not there
+            child = node[parent] = {}
         if isinstance(child, str) and parent == "score":
             child = node[parent] = {"criterion": child}
         if not isinstance(child, dict):

@@ -109,7 +109,7 @@ def facts(
         stages=tuple(StageTime(name, seconds, peak) for name, seconds, peak in times),
         recipe=resolved(recipe),
         commands=commands(recipe),
-        quants=None if quantised is None else quants(recipe, base, quantised),
+        quants=None if quantised is None else quants(recipe, base, quantised, measured.get(chosen)),
         limits=(DEMO_LIMIT,) if base.name.startswith("demo:") else (),
         versions={"gemcut": version(), **machine.stack()},
         seeds={"bootstrap of the KLD": recipe.kld.seed} if recipe.kld else {},
@@ -183,7 +183,7 @@ def write_heads(
     return write_report(data, out, force=True).index_html
 
 
-def quants(recipe: Recipe, base: Checkpoint, quantised: Quantised) -> Quants:
+def quants(recipe: Recipe, base: Checkpoint, quantised: Quantised, cut: KldResult | None) -> Quants:
     """The GGUF files of a run as the report shows them."""
     measured = dict(quantised.measured)
     floor = measured.pop(FLOOR, None)
@@ -204,6 +204,7 @@ def quants(recipe: Recipe, base: Checkpoint, quantised: Quantised) -> Quants:
         quantised.model.size_bytes,
         f"{base.name}, uncut" if recipe.plan is not None else base.name,
         None if floor is None else KldEntry("BF16 (noise floor)", floor),
+        None if cut is None else KldEntry("safetensors (the cut itself)", cut),
         _gguf_method(recipe),
     )
 

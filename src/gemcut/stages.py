@@ -378,7 +378,10 @@ def devices() -> list[str]:
     return list(device_names())
 
 
-def kld_gate(words: Measure | None, measured: Mapping[str, KldResult], chosen: str) -> None:
+CUT_LESS = "cut less (--set plan.keep=… or plan.drop=…) or try another criterion (--set score.criterion=…)"
+
+
+def kld_gate(words: Measure | None, measured: Mapping[str, KldResult], chosen: str, hint: str = CUT_LESS) -> None:
     """QualityError where the chosen candidate's mean KLD exceeds the recipe's gate; the work is kept."""
     limit = words.max_mean_nats if words else None
     if limit is None or chosen not in measured:
@@ -390,5 +393,5 @@ def kld_gate(words: Measure | None, measured: Mapping[str, KldResult], chosen: s
             where=f"kld of {chosen}",
             got=f"{mean.value:.4f} nats [{mean.low:.4f}, {mean.high:.4f}] (n = {mean.n} chunks)",
             wanted=f"at most {limit:.4f}",
-            hint="cut less (--set plan.keep=… or plan.drop=…) or try another criterion (--set score.criterion=…)",
+            hint=hint,
         )

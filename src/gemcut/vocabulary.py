@@ -159,7 +159,9 @@ class Measure(Words):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     device: str = "cpu"
     seed: int = 0
-    max_mean_nats: float | None = Field(default=None, gt=0, description="gate: a larger mean KLD ends with exit code 5")
+    max_mean_nats: float | None = Field(
+        default=None, gt=0, description="gate of the cut, or of every file where nothing is cut: exit code 5 beyond it"
+    )
     floor: bool = Field(
         default=False, description="gguf: also the base in BF16, written and deleted: what other arithmetic does"
     )

@@ -23,6 +23,7 @@ _LOOK = {"stock": (BLUE, "o"), "layers": (GREEN, "s"), "size": (VERMILION, "D"),
 _HEIGHT = 4.3
 _MAPS = 6  # maps of bits in one report
 _FONT = 8.6
+_WIDE = 8  # times from the least to the greatest damage from which the scale is logarithmic
 _NEAR_FLOOR = 6  # times below the best file up to which the floor is drawn to scale
 
 
@@ -45,27 +46,38 @@ def _map(file: Quant) -> Drawing | None:
 
 
 def kld(quants: Quants) -> Drawing | None:
-    """Mean KLD over size, log scale, with the front and the floor of noise."""
+    """Mean KLD over size with the front, on a log scale where the files are far apart; the floor of noise, and what the
+    cut alone costs, as lines."""
     found = _points(quants, lambda row: row.mean)
     if len(found) < 2:
         return None
     unit, _ = _unit(quants)
-    n = count(found[0].value.n)
+    floor, cut = (None if one is None else one.row() for one in (quants.floor, quants.cut))
+    lowest, highest = min(max(p.value.low, p.value.value / 3) for p in found), max(p.value.high for p in found)
+    near = floor is not None and floor.mean.low > lowest / _NEAR_FLOOR
+    if cut is not None:
+        lowest, highest = min(lowest, cut.mean.low), max(highest, cut.mean.high)
+    if floor is not None and near:
+        lowest = min(lowest, floor.mean.low)
+    wide = lowest > 0 and highest > _WIDE * lowest
     with canvas(_HEIGHT) as figure:
         axes = figure.subplots()
-        axes.set_yscale("log")
-        plain_ticks(axes.yaxis)
-        floor = quants.floor.row() if quants.floor is not None else None
-        lowest = min(max(p.value.low, p.value.value / 3) for p in found)
-        near = floor is not None and floor.mean.low > lowest / _NEAR_FLOOR
-        axes.set_ylim((min(lowest, floor.mean.low) if floor is not None and near else lowest) / 1.7, _top(found))
+        if wide:
+            axes.set_yscale("log")
+            plain_ticks(axes.yaxis)
+            axes.set_ylim(lowest / 1.7, highest * 2.2)
+        else:
+            axes.set_ylim(lowest - 0.2 * (highest - lowest), highest + 0.3 * (highest - lowest))
         best = front([(p.x, p.value.value) for p in found])
-        _draw(axes, found, best)
         if floor is not None:
-            _floor(axes, floor.mean, shown=near)
+            _line(axes, f"noise floor: the base in BF16, {interval(floor.mean)}", floor.mean, shown=near)
+        if cut is not None:
+            _line(axes, f"the cut itself, {interval(cut.mean)}", cut.mean, shown=True)
+        _draw(axes, found, best)
         axes.set_xlabel(f"{unit} on disk")
-        axes.set_ylabel(f"mean KLD from {plain(quants.against)}, nats per token, log scale")
+        axes.set_ylabel(f"mean KLD from {plain(quants.against)}, nats per token{', log scale' if wide else ''}")
         axes.yaxis.label.set_fontsize(9)
+        n = count(found[0].value.n)
         axes.set_title(f"Size and damage of the GGUF files: lower left is better (n = {n} chunks)")
         _label(figure, axes, found, best, up=True)
         caption = (
@@ -75,21 +87,15 @@ def kld(quants: Quants) -> Drawing | None:
         return svg(figure, "quants-kld", caption)
 
 
-def _top(found: Sequence[_Point]) -> float:
-    return max(p.value.high for p in found) * 2.2
-
-
-def _floor(axes: Axes, mean: Estimate, *, shown: bool) -> None:
-    """What arithmetic alone does: a band, or where it lies far below everything, a word at the bottom."""
-    text = f"noise floor: the base in BF16, {interval(mean)}"
+def _line(axes: Axes, text: str, mean: Estimate, *, shown: bool) -> None:
+    """A band for what is there without any rounding of bits; a word at the bottom where it lies far below."""
     if shown:
-        axes.axhspan(mean.low, mean.high, color=RULE, linewidth=0, zorder=0)
-        axes.axhline(mean.value, color=MUTED, linewidth=1.0, linestyle=(0, (4, 3)), zorder=1)
-        at, frame = (0.995, mean.value), ("axes fraction", "data")
-    else:
-        text += ", lies below"
-        at, frame = (0.995, 0.0), ("axes fraction", "axes fraction")
-    note = axes.annotate(text, at, (0, 6), xycoords=frame, textcoords="offset points", ha="right")
+        axes.axhspan(mean.low, mean.high, color=RULE, alpha=0.55, linewidth=0, zorder=0)
+        axes.axhline(mean.value, color=MUTED, linewidth=1.0, linestyle=(0, (4, 3)), zorder=1, label=text)
+        return
+    note = axes.annotate(
+        f"{text}, lies below", (0.995, 0.0), (0, 6), xycoords="axes fraction", textcoords="offset points", ha="right"
+    )
     note.update({"fontsize": _FONT, "color": MUTED})
 
 
@@ -106,9 +112,10 @@ def same_top(quants: Quants) -> Drawing | None:
             for p in found
         ]
         low = min(p.value.low for p in scaled)
-        axes.set_ylim(max(0.0, low - 0.12 * (100 - low)), 100 + 0.06 * (100 - low))
+        high = max(p.value.high for p in scaled)
+        axes.set_ylim(max(0.0, low - 0.2 * (high - low)), min(100.0, high) + 0.06 * (high - low))
         best = front([(p.x, -p.value.value) for p in scaled])
-        _draw(axes, scaled, best)
+        _draw(axes, scaled, best, "lower right")
         axes.set_xlabel(f"{unit} on disk")
         axes.set_ylabel("same most likely token, % of positions")
         axes.set_title(f"Size and agreement with the base: upper left is better (n = {count(found[0].value.n)} chunks)")
@@ -133,7 +140,7 @@ def _points(quants: Quants, pick: Callable[[KldRow], Estimate]) -> list[_Point]:
     return [_Point(one, one.size_bytes / scale, pick(row)) for one, row in quants.measured]
 
 
-def _draw(axes: Axes, found: Sequence[_Point], best: Sequence[int]) -> None:
+def _draw(axes: Axes, found: Sequence[_Point], best: Sequence[int], legend: str = "upper right") -> None:
     """The front, then every file on its interval; one legend entry for each way that a mix was made."""
     xs = [p.x for p in found]
     room = (max(xs) - min(xs)) or max(xs)
@@ -154,8 +161,8 @@ def _draw(axes: Axes, found: Sequence[_Point], best: Sequence[int]) -> None:
         )  # fmt: skip
     axes.grid(axis="both")
     axes.tick_params(axis="y", colors=MUTED)
-    if len(seen) > 1:
-        axes.legend(loc="upper right" if axes.get_yscale() == "log" else "lower right")
+    if len(axes.get_legend_handles_labels()[1]) > 1:
+        axes.legend(loc=legend)
 
 
 def _label(figure: Figure, axes: Axes, found: Sequence[_Point], best: Sequence[int], *, up: bool) -> None:

@@ -59,7 +59,8 @@ class Quants:
     """All files made of one model.
 
     source: that model's name.   source_bytes: of its safetensors.   against: what KLD is measured from, for people.
-    floor: the base as BF16, against itself: what other arithmetic does.   method: how the mixes came about, as pairs.
+    floor: the base as BF16, against itself: what other arithmetic does.   cut: the same model before it is quantised.
+    method: how the mixes came about, as pairs.
     """
 
     files: tuple[Quant, ...]
@@ -67,6 +68,7 @@ class Quants:
     source_bytes: int
     against: str
     floor: KldEntry | None = None
+    cut: KldEntry | None = None
     method: tuple[tuple[str, str], ...] = ()
 
     @property
@@ -126,8 +128,9 @@ def quant_rows(quants: Quants, *, short: bool = False) -> Table:
                 "yes" if one.name in best else "",
             )
         )
-    if quants.floor is not None:
-        rows.append((quants.floor.label, "–", "16.00", "–", *_measured(quants.floor.row()), ""))
+    for entry in (quants.cut, quants.floor):
+        if entry is not None:
+            rows.append((entry.label, "–", "–", "–", *_measured(entry.row()), ""))
     columns = (
         "File", "Size", "Bits per weight", "Importances", "Mean KLD, nats", "Same top token, %", "Median, nats",
         "99th percentile, nats", "ln PPL ratio", "n chunks", "On the front",
