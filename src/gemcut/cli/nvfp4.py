@@ -79,6 +79,7 @@ _SHOWN = 5
     help="Matrices whose width is no multiple of 16 stay as they are, or are an error.",
 )
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1.")
+@click.option("--threads", type=click.IntRange(min=1), help="Threads that quantise; by default one for each free core.")
 @click.option("--convert", is_flag=True, help="MODEL is an NVFP4 folder already: write it in --layout, losslessly.")
 @click.option("--copy", is_flag=True, help="Copy unchanged shards instead of hard-linking them.")
 @options.force
@@ -101,7 +102,7 @@ def nvfp4(
     Experts come apart, as servers want them; what is not quantised stays byte for byte. nvfp4.json says what became of
     every module. A run that was killed starts again.
     """
-    from gemcut import models
+    from gemcut import machine, models
     from gemcut.export.nvfp4.run import Settings, prepare, write_nvfp4
 
     if convert:
@@ -109,6 +110,7 @@ def nvfp4(
         return
     base = models.open_any(model)
     words["ignore"] = tuple(words["ignore"])
+    words["threads"] = words["threads"] or machine.free_cores()
     prepared = prepare(base, Settings(scales=scales or "", **words), Path(stats) if stats else None)  # type: ignore[arg-type]
     if dry_run:
         _show_sizes(prepared, Path(out), talk)

@@ -118,16 +118,10 @@ def test_weights_and_activations(moe: Checkpoint, stats: Path, tmp_path: Path) -
 def test_the_same_bytes_whatever_the_threads_and_the_shards(moe: Checkpoint, stats: Path, tmp_path: Path) -> None:
     one = open_checkpoint(make_tiny(tmp_path / "one", "dense", shards=1))
     three = open_checkpoint(make_tiny(tmp_path / "three", "dense", shards=5))
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        export(one, tmp_path / "a", Settings("NVFP4A16", "all"))
-        export(moe, tmp_path / "c", Settings("NVFP4"), stats)
-        torch.set_num_threads(2)
-        export(three, tmp_path / "b", Settings("NVFP4A16", "all"))
-        export(moe, tmp_path / "d", Settings("NVFP4"), stats)
-    finally:
-        torch.set_num_threads(before)
+    export(one, tmp_path / "a", Settings("NVFP4A16", "all"))
+    export(three, tmp_path / "b", Settings("NVFP4A16", "all", threads=3))
+    export(moe, tmp_path / "c", Settings("NVFP4"), stats)
+    export(moe, tmp_path / "d", Settings("NVFP4", threads=3), stats)
     a, b = tensors_in(tmp_path / "a"), tensors_in(tmp_path / "b")
     assert a.keys() == b.keys()
     assert all(same(a[name], b[name]) for name in a)

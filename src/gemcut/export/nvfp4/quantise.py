@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -15,13 +19,15 @@ from gemcut.checkpoint import Checkpoint
 from gemcut.checkpoint.made import Made
 from gemcut.errors import CheckpointError, MissingError
 from gemcut.export.nvfp4.activations import GroupInput, Key, Observed
-from gemcut.export.nvfp4.codec import encode, global_scale, to_blocks
+from gemcut.export.nvfp4.codec import Coded, encode, global_scale, to_blocks
 from gemcut.export.nvfp4.layout import NAMES, Layout, Scheme, tensors_of
 from gemcut.export.nvfp4.scales import Method, block_scales, column_weights
 from gemcut.families.linears import LinearGroup, Matrix
 from gemcut.types import DTYPE_BYTES
 
+T = TypeVar("T")
 _TILE = 1 << 16  # weights in flight for each thread: a few float32 copies of them fit a core's cache
+_AHEAD = 2  # tiles for each thread that are done, or underway, before the first of them is wanted
 _DEVICE_TILE = 1 << 24
 _LAYERS_HELD = 2  # statistics of so many layers: a layer may end in the next shard
 _TORCH = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
@@ -63,9 +69,26 @@ class Quantiser:
     observed: Observed | None
     groups: Sequence[LinearGroup]
     device: str = "cpu"
+    threads: int = 1
     facts: dict[str, ModuleFact] = field(default_factory=dict)
     _scales: dict[tuple[int, str, int], _Scale] = field(default_factory=dict)
     _inputs: OrderedDict[int, Mapping[Key, GroupInput]] = field(default_factory=OrderedDict)
+    _pool: ThreadPoolExecutor | None = None
+
+    @contextlib.contextmanager
+    def working(self) -> Iterator[None]:
+        """Threads for as long as the block runs. Each has its own tiles, and torch splits none of them: its own threads
+        wait for one another at every step, which on a busy machine takes a hundred times as long."""
+        if self.threads < 2 or self.device != "cpu":
+            with one_thread():
+                yield
+            return
+        with one_thread(), ThreadPoolExecutor(self.threads, "nvfp4", partial(torch.set_num_threads, 1)) as pool:
+            self._pool = pool
+            try:
+                yield
+            finally:
+                self._pool = None
 
     def made(self, tensor: str, groups: Sequence[LinearGroup]) -> Made:
         """What comes in the place of one stored tensor."""
@@ -86,9 +109,7 @@ class Quantiser:
             yield self._number(shared.input)
         scales: list[NDArray[np.uint8]] = []
         error = norm = 0.0
-        for tile in self._tiles(matrix):
-            blocks = to_blocks(tile)
-            found = encode(blocks, block_scales(blocks, shared.weight, self.method, shared.columns), shared.weight)
+        for found in self._each(partial(self._coded, shared), matrix):
             scales.append(found.scales.view(torch.uint8).cpu().numpy())
             error += found.squared_error
             norm += found.squared_norm
@@ -99,6 +120,25 @@ class Quantiser:
         self.facts[matrix.module] = ModuleFact(matrix.module, shared.weight, shared.input, relative)
         if all(one.module in self.facts for one in group.matrices):
             del self._scales[group.layer, group.input, group.unit]
+
+    def _coded(self, shared: _Scale, tile: torch.Tensor) -> Coded:
+        blocks = to_blocks(tile)
+        scales = block_scales(blocks, shared.weight, self.method, shared.columns)
+        return encode(blocks, scales, shared.weight)
+
+    def _each(self, work: Callable[[torch.Tensor], T], matrix: Matrix) -> Iterator[T]:
+        """`work` on every tile of a matrix, in the order of its rows."""
+        spans = self._spans(matrix)
+        if self._pool is None:
+            yield from (work(self._tile(matrix, *span)) for span in spans)
+            return
+        waiting: deque[Future[T]] = deque()
+        for span in spans:
+            if len(waiting) >= _AHEAD * self.threads:
+                yield waiting.popleft().result()
+            waiting.append(self._pool.submit(lambda rows: work(self._tile(matrix, *rows)), span))
+        while waiting:
+            yield waiting.popleft().result()
 
     def _number(self, divisor: float) -> memoryview:
         value = np.float32(divisor) if NAMES[self.layout].divisor else np.float32(1) / np.float32(divisor)
@@ -133,12 +173,7 @@ class Quantiser:
             CheckpointError: a weight is NaN or infinite.
         """
         largest = 0.0
-        for tile in self._tiles(matrix):
-            if tile.dtype == torch.bfloat16:  # magnitudes are in the order of their bits, NaN above infinity
-                bits = (tile.view(torch.int16) & 0x7FFF).amax()
-                found = float(bits.view(torch.bfloat16))
-            else:
-                found = float(tile.abs().amax())
+        for found in self._each(_peak, matrix):
             if not math.isfinite(found):
                 raise CheckpointError(
                     "a weight is NaN or infinite",
@@ -149,17 +184,36 @@ class Quantiser:
             largest = max(largest, found)
         return largest
 
-    def _tiles(self, matrix: Matrix) -> Iterator[torch.Tensor]:
-        """Runs of rows [R, F], as they are stored, on the device."""
+    def _spans(self, matrix: Matrix) -> list[tuple[int, int]]:
+        """Rows of every tile: the same whatever the number of threads."""
+        step = max(1, (_TILE if self.device == "cpu" else _DEVICE_TILE) // matrix.columns)
+        return [(first, min(first + step, matrix.stop)) for first in range(matrix.first, matrix.stop, step)]
+
+    def _tile(self, matrix: Matrix, first: int, stop: int) -> torch.Tensor:
+        """Rows [R, F], as they are stored, on the device."""
         dtype = self.checkpoint.ref(matrix.tensor).dtype
         row = matrix.columns * DTYPE_BYTES[dtype]
-        size = _TILE * torch.get_num_threads() if self.device == "cpu" else _DEVICE_TILE
-        step = max(1, size // matrix.columns)
-        for first in range(matrix.first, matrix.stop, step):
-            stop = min(first + step, matrix.stop)
-            raw = self.checkpoint.read_range(matrix.tensor, first * row, stop * row)
-            tile = torch.from_numpy(raw).view(_TORCH[dtype]).view(-1, matrix.columns)
-            yield tile if self.device == "cpu" else tile.to(self.device)
+        raw = self.checkpoint.read_range(matrix.tensor, first * row, stop * row)
+        tile = torch.from_numpy(raw).view(_TORCH[dtype]).view(-1, matrix.columns)
+        return tile if self.device == "cpu" else tile.to(self.device)
+
+
+def _peak(tile: torch.Tensor) -> float:
+    """max |w|; NaN or infinity where there is one."""
+    if tile.dtype == torch.bfloat16:  # magnitudes are in the order of their bits, NaN above infinity
+        return float((tile.view(torch.int16) & 0x7FFF).amax().view(torch.bfloat16))
+    return float(tile.abs().amax())
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """torch does not split its work while the block runs."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def check_device(name: str) -> str:

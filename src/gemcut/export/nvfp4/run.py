@@ -59,6 +59,7 @@ class Settings:
     narrow: Literal["keep", "refuse"] = "keep"
     device: str = "cpu"
     max_borrowed: float = MAX_STARVED_SHARE
+    threads: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +150,7 @@ def prepare(checkpoint: Checkpoint, settings: Settings, statistics: Path | None 
     if settings.layout == "modelopt":
         ignore = exclude_wildcards(checkpoint, choice.all, choice.chosen, linears)
     quantiser = Quantiser(
-        checkpoint, settings.scheme, settings.layout, method, found, choice.chosen, device=settings.device
+        checkpoint, settings.scheme, settings.layout, method, found, choice.chosen, settings.device, settings.threads
     )
     made = {name: quantiser.made(name, groups) for name, groups in choice.tensors.items()}
     edits = {name: Omit() for name in made}
@@ -173,10 +174,11 @@ def write_nvfp4(
     """
     base, settings, quantiser = prepared.checkpoint, prepared.settings, prepared.quantiser
     quantiser.facts.clear()
-    report = write_checkpoint(
-        base, prepared.edits, prepared.config, out,
-        force=force, link=link, made=prepared.made, files=lambda: _files(prepared), progress=progress,
-    )  # fmt: skip
+    with quantiser.working():
+        report = write_checkpoint(
+            base, prepared.edits, prepared.config, out,
+            force=force, link=link, made=prepared.made, files=lambda: _files(prepared), progress=progress,
+        )  # fmt: skip
     errors = {name: fact.relative_error for name, fact in quantiser.facts.items()}
     worst = max(errors, key=lambda name: errors[name])
     return Nvfp4Report(
