@@ -65,15 +65,15 @@ def to_blocks(tile: torch.Tensor) -> torch.Tensor:
     return out.copy_(tile.view(rows, columns // GROUP, GROUP).permute(2, 0, 1))
 
 
-def round_e2m1(y: torch.Tensor, spare: torch.Tensor) -> torch.Tensor:
-    """Non-negative y, in place, to the nearest of 0, 0.5, 1, 1.5, 2, 3, 4, 6; ties to the even code.
+def round_into(out: torch.Tensor, y: torch.Tensor, spare: torch.Tensor) -> torch.Tensor:
+    """Non-negative y to the nearest of 0, 0.5, 1, 1.5, 2, 3, 4, 6 in `out`; ties to the even code.
 
-    The step between neighbours is half the power of two below y, and 0.5 below 1. `spare`: as large as y.
+    The step between neighbours is half the power of two below y, and 0.5 below 1; above 6 it would go on to 8.
+    `spare`: as large as y, overwritten.
     """
-    y.clamp_(max=LARGEST_CODE)
     torch.bitwise_and(y.view(torch.int32), _EXPONENT, out=spare.view(torch.int32))
     spare.clamp_(min=1.0).mul_(_HALF_STEP)
-    return y.add_(spare).sub_(spare)
+    return torch.add(y, spare, out=out).sub_(spare).clamp_(max=LARGEST_CODE)
 
 
 def fp8_of_largest(largest: torch.Tensor, scale: float) -> torch.Tensor:
@@ -99,7 +99,7 @@ def encode(blocks: torch.Tensor, scales: torch.Tensor, scale: float) -> Coded:
     size = blocks.abs()
     y = (size * scale).div_(scales)
     spare = torch.empty_like(y)
-    round_e2m1(y, spare)
+    round_into(y, y, spare)
     torch.mul(y, scales / scale, out=spare)
     spare.sub_(size)
     error, norm = _sum_of_squares(spare), _sum_of_squares(size)

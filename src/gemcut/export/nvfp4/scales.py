@@ -16,7 +16,7 @@ from typing import Literal, TypeAlias, get_args
 import numpy as np
 import torch
 
-from gemcut.export.nvfp4.codec import GROUP, LARGEST_SCALE, SMALLEST_SCALE, fp8_of_largest, round_e2m1, to_fp8
+from gemcut.export.nvfp4.codec import GROUP, LARGEST_SCALE, SMALLEST_SCALE, fp8_of_largest, round_into, to_fp8
 from gemcut.types import F64
 
 Method: TypeAlias = Literal["minmax", "four_over_six", "sweep", "weighted"]
@@ -57,30 +57,32 @@ def _best(
     size: torch.Tensor, scale: float, first: torch.Tensor, others: Sequence[torch.Tensor], weights: torch.Tensor | None
 ) -> torch.Tensor:
     """Of `first` and `others` the scale with the least error in each block, the earliest where several are equal."""
-    scaled = size * scale
-    y, spare = torch.empty_like(size), torch.empty_like(size)
-    best = first.clone()
-    least = _error(scaled, best, weights, y, spare)
+    trial = _Trial(size * scale, weights)
+    best, least = first.clone(), trial.error(first)
     for other in others:
-        error = _error(scaled, other, weights, y, spare)
+        error = trial.error(other)
         better = error < least
         torch.where(better, other, best, out=best)
         torch.where(better, error, least, out=least)
     return best
 
 
-def _error(
-    scaled: torch.Tensor, scales: torch.Tensor, weights: torch.Tensor | None, y: torch.Tensor, spare: torch.Tensor
-) -> torch.Tensor:
-    """Σ m·(G·w' − G·w)² of every block under these scales, float32 [R, B]."""
-    torch.mul(scaled, 1.0 / scales, out=y)
-    round_e2m1(y, spare)
-    torch.mul(y, scales, out=spare)
-    spare.sub_(scaled)
-    spare.mul_(spare)
-    if weights is not None:
-        spare.mul_(weights)
-    return spare.sum(0)
+class _Trial:
+    """Errors of one tile under trial scales; its buffers are used again for each."""
+
+    def __init__(self, scaled: torch.Tensor, weights: torch.Tensor | None) -> None:
+        """scaled: G·|w|, float32 [16, R, B]."""
+        self._scaled, self._weights = scaled, weights
+        self._y, self._spare, self._change = (torch.empty_like(scaled) for _ in range(3))
+
+    def error(self, scales: torch.Tensor) -> torch.Tensor:
+        """Σ m·(G·w' − G·w)² of every block under these scales, float32 [R, B]."""
+        torch.mul(self._scaled, 1.0 / scales, out=self._y)
+        change = round_into(self._change, self._y, self._spare).sub_(self._y)
+        change.mul_(change)
+        if self._weights is not None:
+            change.mul_(self._weights)
+        return change.sum(0).mul_(scales * scales)
 
 
 def column_weights(mean_squares: F64) -> torch.Tensor:
