@@ -25,6 +25,7 @@ from gemcut.types import Json
 
 Progress = Callable[[int, int, str], None]
 DAMAGES_FILE = "damages.json"
+_UNITS = {"GiB": 1 << 30, "GB": 10**9, "MiB": 1 << 20, "MB": 10**6, "KiB": 1 << 10, "KB": 1000}
 MMPROJ, DRAFTER = "mmproj", "drafter"
 
 
@@ -126,8 +127,10 @@ def solve_mixes(
             "a size is solved by what each tensor's rounding costs", hint="make it with gemcut curvature: --curvature"
         )
     fixed = overrides.decided(layout, by_hand)
-    budgets: list[tuple[str, int, fit.Fit | None]] = [(size_name(size), size, None) for size in words.sizes]
-    for one in words.fits:
+    budgets: list[tuple[str, int, fit.Fit | None]] = [
+        (size_name(size), size, None) for size in dict.fromkeys(words.sizes)
+    ]
+    for one in dict.fromkeys(words.fits):
         found = weights_of(layout, one)
         budgets.append((f"fit-{size_name(one.memory_bytes)}", found.weights_bytes, found))
     earlier = measure.load_damages(words.damages) if words.damages is not None and words.damages.exists() else None
@@ -213,11 +216,15 @@ def save_picture(mix: Mix, path: Path) -> None:
 
 
 def size_name(size_bytes: int) -> str:
-    """`10GiB`, `7.64GiB`, `5MiB`: a size in a file's name."""
-    for unit, scale in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
-        if size_bytes >= scale:
-            return f"{size_bytes / scale:.2f}".rstrip("0").rstrip(".") + unit
-    return f"{size_bytes}B"
+    """`10GiB`, `3.5MB`, `5200123B`: a size in a file's name, as short as it can be without meaning another size."""
+    found = [f"{size_bytes}B"]
+    for unit, scale in _UNITS.items():
+        for digits in range(4) if size_bytes >= scale else ():
+            number = f"{size_bytes / scale:.{digits}f}"
+            if int(float(number) * scale) == size_bytes:
+                found.append(number + unit)
+                break
+    return min(found, key=lambda name: sum(c.isdecimal() for c in name))
 
 
 def _nearest(layout: GgufLayout, solution: solver.Solution, header_bytes: int, *, imatrix: bool) -> int:

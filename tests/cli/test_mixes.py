@@ -14,7 +14,8 @@ from tests.tiny import make_tiny
 from gemcut.checkpoint import open_checkpoint
 from gemcut.ggml.types import GgmlType
 from gemcut.gguf_file import read_gguf
-from gemcut.mixing import card_words
+from gemcut.mixing import card_words, size_name
+from gemcut.vocabulary import size_bytes
 
 Capture = pytest.CaptureFixture[str]
 pytestmark = pytest.mark.slow  # every type's quantiser runs
@@ -60,6 +61,7 @@ def test_a_size_is_met_from_below_and_said_before(place: Path, tmp_path: Path, c
     words = ("gguf", place / "dense", "--size", size, "--imatrix", imatrix, "--curvature", curvature, "-o", tmp_path)
     found = run(capsys, *words)
     said = run(capsys, *words, "--dry-run")
+    assert said["files"][0]["name"] == f"dense-{size}B.gguf"  # type: ignore[index]
     (mix,) = found["mixes"]  # type: ignore[misc]
     name = said["files"][0]["name"]  # type: ignore[index]
     written = read_gguf(tmp_path / name)
@@ -80,6 +82,36 @@ def test_types_by_hand_stay(place: Path, tmp_path: Path, capsys: Capture) -> Non
     (path,) = tmp_path.glob("*.gguf")
     kinds = {ref.kind for name, ref in read_gguf(path).tensors.items() if name.endswith("attn_k.weight")}
     assert kinds == {GgmlType.F16}
+
+
+def test_names_say_what_was_asked_and_a_size_is_asked_once(place: Path, tmp_path: Path, capsys: Capture) -> None:
+    curvature, imatrix = prepared(place, capsys)
+    words = ("--imatrix", imatrix, "--curvature", curvature, "-o", tmp_path)
+    sizes = [word for one in ("900KB", "0.9MB", "900000", "930KB", "1GiB") for word in ("--size", one)]
+    said = run(capsys, "gguf", place / "dense", *sizes, *words, "--dry-run")
+    names = [file["name"] for file in said["files"]]  # type: ignore[attr-defined]
+    assert names == [f"dense-{name}.gguf" for name in ("900KB", "930KB", "1GiB")]
+    assert [path.name for path in tmp_path.iterdir()] == ["damages.json"]
+    kept = (tmp_path / "damages.json").stat().st_mtime_ns
+    code, out, _ = gemcut(capsys, "gguf", place / "dense", *sizes, *words, "--dry-run")
+    assert (code, " ".join(out.split()).count("every tensor has its best type")) == (0, 1)
+    assert (tmp_path / "damages.json").stat().st_mtime_ns == kept  # measured once
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("10GiB", "10GiB"),
+        ("7.64GiB", "7.64GiB"),
+        ("3.5MB", "3.5MB"),
+        ("3500KB", "3.5MB"),
+        ("24GB", "24GB"),
+        ("2049", "2049B"),
+    ],
+)
+def test_the_name_of_a_size_means_that_size(text: str, name: str) -> None:
+    assert size_name(size_bytes(text)) == name
+    assert size_bytes(name) == size_bytes(text)
 
 
 def test_a_card_shows_where_its_memory_goes(place: Path, tmp_path: Path, capsys: Capture) -> None:

@@ -118,7 +118,6 @@ def gguf(
         imatrix=Path(imatrix) if imatrix else None,
         curvature=Path(curvature) if curvature else None,
         damages=Path(out) / mixing.DAMAGES_FILE,
-        keep=not dry_run,
         progress=talk.progress,
     )
     mixes = [mix for export in exports for mix in export.mixes]
@@ -126,7 +125,7 @@ def gguf(
         _show_mix(talk, one)
     found = exporting.estimate(exports, Path(out), threads, force=force)
     if dry_run:
-        _show_preflight(talk, found)
+        _show_preflight(talk, found, measured=mixing.DAMAGES_FILE if mixes else "")
         return
     for export in exports:
         for why, count in Counter(export.layout.left_out.values()).items():
@@ -136,7 +135,8 @@ def gguf(
     _show(talk, reports, mixes, out)
 
 
-def _show_preflight(talk: Talk, found: GgufPreflight) -> None:
+def _show_preflight(talk: Talk, found: GgufPreflight, measured: str) -> None:
+    """measured: the file of measured damages, which a dry run keeps, too."""
     for file in found.files if len(found.files) == 1 or talk.verbose else ():
         talk.table(
             file.name,
@@ -153,7 +153,7 @@ def _show_preflight(talk: Talk, found: GgufPreflight) -> None:
             ],
         )
     talk.table(
-        "Dry run: nothing was written",
+        f"Dry run: only {measured} was written, for the next run" if measured else "Dry run: nothing was written",
         ("file", "parts", "bytes", "size", "bits per weight"),
         [(f.name, f.parts, f.size_bytes, size(f.size_bytes), f"{f.bits_per_weight:.3f}") for f in found.files],
         note=(
@@ -187,7 +187,11 @@ def _show_mix(talk: Talk, mix: Mix) -> None:
             for band in mix.bands
         ],
         note=f"files of these types weigh {size(found.least_bytes)} to {size(found.most_bytes)}; "
-        f"the next MiB would save {found.price * 2**20:.2g} nats",
+        + (
+            "every tensor has its best type, so the file is smaller than asked"
+            if found.size_bytes == found.most_bytes < found.budget_bytes
+            else f"the next MiB would save {found.price * 2**20:.2g} nats"
+        ),
     )
 
 
