@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -58,25 +59,28 @@ def recorded() -> Iterator[Rounds]:
         kind.get_candidates, kind.update_candidate_strategy = draft, update
 
 
-def prompts(corpus: Path, tokenizer: Any, per_class: int) -> dict[str, list[list[int]]]:
-    """Token ids of the first so many chats of each class, up to the first answer."""
-    found: dict[str, list[list[int]]] = {label: [] for label in CLASSES}
+def chats(corpus: Path, per_class: int) -> dict[str, list[tuple[list[Any], bool]]]:
+    """The first so many chats of each class, up to the first answer, and whether that answer thinks."""
+    found: dict[str, list[tuple[list[Any], bool]]] = {label: [] for label in CLASSES}
     for item in items(corpus):
         if "messages" not in item or len(found[item["class"]]) == per_class:
             continue
-        asked = []
-        for message in item["messages"]:
-            if message["role"] == "assistant":
-                break
-            asked.append(message)
-        text = tokenizer.apply_chat_template(
-            asked,
-            tokenize=False,
-            add_generation_prompt=True,
-            enable_thinking=any(message.get("reasoning_content") for message in item["messages"]),
-        )
-        found[item["class"]].append(list(tokenizer(text, add_special_tokens=False)["input_ids"]))
+        said = item["messages"]
+        asked = list(takewhile(lambda message: message["role"] != "assistant", said))
+        found[item["class"]].append((asked, any(message.get("reasoning_content") for message in said)))
     return found
+
+
+def prompts(corpus: Path, tokenizer: Any, per_class: int) -> dict[str, list[list[int]]]:
+    """Token ids of the chats."""
+
+    def ids(asked: list[Any], thinking: bool) -> list[int]:
+        text = tokenizer.apply_chat_template(
+            asked, tokenize=False, add_generation_prompt=True, enable_thinking=thinking
+        )
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    return {label: [ids(*chat) for chat in some] for label, some in chats(corpus, per_class).items()}
 
 
 def answered(trunk: Any, ids: list[int], drafter: Any = None) -> list[int]:

@@ -168,6 +168,27 @@ def vision_tables(demo: Path) -> str:
     return "\n\n".join(("\n".join(lines), said, "\n".join(curve)))
 
 
+def served_tables(demo: Path) -> str:
+    """What llama.cpp's server says of files of `gemcut gguf`."""
+    lines = [
+        "| trunk | drafter | answers | equal to plain greedy | drafted | accepted | share |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for model in NAMES:
+        row = _read(demo / "results" / f"{model}-drafter-served.json")
+        trunk, drafter = row["files"]
+        every = row["overall"]
+        counts = f"{row['prompts']} | {row['equal_to_greedy']} | {every['drafted']} | {every['accepted']}"
+        lines.append(f"| `{trunk}` | `{drafter}` | {counts} | {rate(every)} |")
+    record = _read(demo / "results" / "moe-vision-served.json")
+    trunk, mmproj = record["files"]
+    pictures = [f"| `{trunk}` with `{mmproj}` | asked | right | 95 % interval |", "|---|---|---|---|"]
+    for kind, row in record["kinds"].items():
+        low, high = row["interval"]
+        pictures.append(f"| {kind} | {row['asked']} | {row['right']} | {low:.3f} to {high:.3f} |")
+    return "\n\n".join(("\n".join(lines), "\n".join(pictures)))
+
+
 def tables(demo: Path) -> str:
     """All tables under their headings."""
     parts = (
@@ -177,6 +198,7 @@ def tables(demo: Path) -> str:
         ("Curve", curve_table(demo)),
         ("Drafters", drafter_tables(demo)),
         ("Pictures", vision_tables(demo)),
+        ("In llama.cpp's server", served_tables(demo)),
         ("Hashes", "```\n" + "\n".join(f"{digest}  {name}" for name, digest in hashes(demo).items()) + "\n```"),
     )
     return "\n\n".join(f"### {title}\n\n{body}" for title, body in parts)

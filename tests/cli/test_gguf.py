@@ -58,6 +58,10 @@ def test_a_dry_run_says_the_size_to_the_byte_and_writes_nothing(
     assert {r.kind.name for r in file.tensors.values() if "attn_k.weight" in r.name} == {"F16"}
     for more, bytes_ in ((), 0), (("--force",), file.size_bytes):
         assert json.loads(gemcut(capsys, *args, *more, "--dry-run", "--json")[1])["write_bytes"] == bytes_
+    other = ("gguf", "demo:dense", "-t", "Q8_0", "-o", out_folder)
+    code, _, err = gemcut(capsys, *other, "--dry-run")
+    assert (code, "exists already" in err) == (2, True)
+    assert gemcut(capsys, *other, "--dry-run", "--force")[0] == 0
     code, out, _ = gemcut(capsys, *args, "--dry-run")
     assert f"{file.size_bytes:,}" in out
     assert "free" in out
@@ -118,6 +122,14 @@ def test_a_model_with_its_tower_and_its_drafter(tmp_path: Path, capsys: pytest.C
         code, _, err = gemcut(capsys, "gguf", model, "-t", "Q8_0", "--drafter", other, "-o", tmp_path / "n")
         assert (code, says in err) == (2, True), err
     assert not (tmp_path / "n").exists()
+
+
+def test_a_tower_alone_says_how_to_join_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = gemcut(capsys, "gguf", DEMO_DENSE.parent / "moe-vision", "--mmproj", "F16", "-o", tmp_path / "o")
+    assert code == 4
+    assert "a vision tower without its trunk" in err
+    assert "demo.train.join" in err
+    assert not (tmp_path / "o").exists()
 
 
 def test_parts_of_at_most_a_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

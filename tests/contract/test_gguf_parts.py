@@ -1,11 +1,7 @@
-"""Vision tower and drafter as GGUF, in the pinned library: pictures embed as in transformers, drafts are accepted."""
+"""A vision tower as GGUF, in the pinned library: pictures embed as in transformers."""
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,27 +13,10 @@ from tests.contract.stock import load
 from tests.contract.test_gguf import written
 
 from gemcut.checkpoint import open_checkpoint
-from gemcut.models import open_exportable
 from tiny import VISION, add_vision, make_tiny
 
-DEMO = Path(__file__).parents[2] / "demo"
 # At least 70 tokens, so that llama.cpp does not enlarge it, and sides that are multiples of patch · pooling.
 WIDTH, HEIGHT = 144, 144
-
-_DRAFT = """
-import json, sys
-import xllamacpp
-params = xllamacpp.CommonParams()
-params.model.path, params.n_ctx, params.n_parallel, params.warmup, params.use_jinja = sys.argv[1], 1024, 1, False, True
-params.cpuparams.n_threads = 1
-params.speculative.draft.mparams.path = sys.argv[2]
-params.speculative.types = [xllamacpp.common_speculative_type.COMMON_SPECULATIVE_TYPE_DRAFT_MTP]
-server = xllamacpp.Server(params)
-question = {"messages": [{"role": "user", "content": "What is 12 times 7?"}], "max_tokens": 64, "temperature": 0}
-answer = server.handle_chat_completions(question)
-answer = answer if isinstance(answer, dict) else json.loads(answer)
-print("\\n" + json.dumps(answer["timings"]))
-"""
 
 
 @pytest.mark.parametrize("config", [{}, {"use_clipped_linears": False, "standardize": False, "pooling_kernel_size": 2}])
@@ -59,18 +38,3 @@ def test_pictures_embed_as_in_transformers(config: dict[str, Any], tmp_path: Pat
     theirs = torch.cat(list(found.pooler_output)).numpy()
     assert ours.shape == theirs.shape
     assert np.linalg.norm(ours - theirs) <= 2e-4 * np.linalg.norm(theirs)
-
-
-@pytest.mark.slow
-def test_the_demo_drafter_drafts(tmp_path: Path) -> None:
-    """Through the server of the pinned wheel: most of what the drafter proposes is what the trunk would say."""
-    trunk = written(open_checkpoint(DEMO / "moe"), tmp_path, "BF16")
-    drafter = written(open_exportable(str(DEMO / "moe-drafter")), tmp_path, "Q8_0")
-    done = subprocess.run(
-        [sys.executable, "-c", _DRAFT, trunk, drafter], capture_output=True, text=True, check=False, timeout=120,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    timings = json.loads(next(line for line in done.stdout.splitlines() if line.startswith('{"')))
-    assert timings["draft_n"] >= 20
-    assert timings["draft_n_accepted"] >= timings["draft_n"] // 2

@@ -89,6 +89,12 @@ def layer_prefix(names: Collection[str], layer: int) -> str:
         prefix = f"{root}layers.{layer}."
         if f"{prefix}input_layernorm.weight" in names:
             return prefix
+    if names and all(name.startswith(("model.vision_tower.", "model.embed_vision.")) for name in names):
+        raise CheckpointError(
+            "this is a vision tower without its trunk",
+            got=f"{len(names)} tensors, none of a decoder",
+            hint="join them in one folder, as `python -m demo.train.join TRUNK TOWER OUT` does, and name that one",
+        )
     raise CheckpointError(
         "the checkpoint has no decoder layer of this number",
         where=f"layer {layer}",
