@@ -227,3 +227,11 @@ def test_a_kill_leaves_nothing_that_looks_finished(moe: Checkpoint, tmp_path: Pa
     assert not (tmp_path / "out.partial").exists()
     export(moe, tmp_path / "again", Settings("NVFP4A16"))
     assert (out / "SHA256SUMS").read_text() == (tmp_path / "again" / "SHA256SUMS").read_text()
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [("moe-text", "bfloat16"), ("dense", "float32"), ("dense-text", "float16")])
+def test_other_names_and_other_floats(tmp_path: Path, kind: str, dtype: str) -> None:
+    model = open_checkpoint(make_tiny(tmp_path / "model", kind, dtype=dtype))  # type: ignore[arg-type]
+    export(model, tmp_path / "out", Settings("NVFP4A16", "all", kv="one", threads=2))
+    found = verify_nvfp4(open_checkpoint(tmp_path / "out", any_architecture=True), model)
+    assert 0.07 < found.relative_error < 0.09
