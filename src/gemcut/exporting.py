@@ -19,14 +19,14 @@ from gemcut.export.imatrix import Imatrix
 from gemcut.export.layout import layout_of, vision_layout_of
 from gemcut.export.metadata import file_metadata
 from gemcut.export.mix import contribution, overrides, padding, sizes, stock
-from gemcut.export.output import bytes_to_write
+from gemcut.export.output import bytes_to_write, refuse_taken
 from gemcut.export.provenance import provenance
 from gemcut.export.run import SPARE_BYTES, ExportReport, export_gguf
 from gemcut.export.source import PIECE_ELEMENTS
-from gemcut.export.targets import Importances, Planned, Target, plan_target
+from gemcut.export.targets import Importances, Planned, Target, blocks_of, plan_target
 from gemcut.families.gguf import GgufLayout, Value
 from gemcut.ggml.library import Library, load
-from gemcut.ggml.types import GgmlType
+from gemcut.ggml.types import BLOCKS, GgmlType
 from gemcut.mixing import NOTHING, Mix, MixWords
 from gemcut.records import load_plan
 from gemcut.surgery import cut_for_gguf
@@ -264,12 +264,15 @@ def estimate(exports: Sequence[Export], out: Path, threads: int, *, force: bool 
 
     Raises:
         MissingError: the disk or the memory is too small.
+        UsageError: another file has the name of one of these, and not `force`.
     """
     files = costs_of(exports)
+    for plan in () if force else (plan for export in exports for plan in export.planned):
+        refuse_taken(plan, out)
     write = sum(bytes_to_write(plan, out, force=force) for export in exports for plan in export.planned)
     headers = sum(part.data_start for export in exports for plan in export.planned for part in plan.parts)
     memory = _BASE_MEMORY_BYTES + _HEADER_COPIES * headers // max(len(files), 1) + headers
-    memory += threads * 8 * PIECE_ELEMENTS * 4
+    memory += threads * (8 * PIECE_ELEMENTS * 4 + max((_picking_bytes(one) for one in exports), default=0))
     found = GgufPreflight(
         tuple(files), sum(one.read_bytes for one in exports), write, store.free_bytes(out), memory,
         machine.available_bytes(), threads,
@@ -283,6 +286,23 @@ def estimate(exports: Sequence[Export], out: Path, threads: int, *, force: bool 
             hint="fewer --threads",
         )
     return found
+
+
+def _picking_bytes(export: Export) -> int:
+    """What a thread holds of one piece while blocks are picked: K payloads, three sums of each block, four float32
+    arrays of the weights' shape; 0 where nothing is picked."""
+    most = 0
+    for plan in export.planned:
+        for tensor in export.layout.tensors:
+            if not plan.importance[tensor.name]:
+                continue
+            picked = blocks_of(plan.target, tensor, 0)
+            if picked is None:
+                continue
+            block = BLOCKS[plan.target.types[tensor.name]]
+            each = len(picked.importances) * (block.size_bytes + 12)
+            most = max(most, PIECE_ELEMENTS // block.values * each + 16 * PIECE_ELEMENTS)
+    return most
 
 
 def write_export(

@@ -58,6 +58,10 @@ def test_a_dry_run_says_the_size_to_the_byte_and_writes_nothing(
     assert {r.kind.name for r in file.tensors.values() if "attn_k.weight" in r.name} == {"F16"}
     for more, bytes_ in ((), 0), (("--force",), file.size_bytes):
         assert json.loads(gemcut(capsys, *args, *more, "--dry-run", "--json")[1])["write_bytes"] == bytes_
+    other = ("gguf", "demo:dense", "-t", "Q8_0", "-o", out_folder)
+    code, _, err = gemcut(capsys, *other, "--dry-run")
+    assert (code, "exists already" in err) == (2, True)
+    assert gemcut(capsys, *other, "--dry-run", "--force")[0] == 0
     code, out, _ = gemcut(capsys, *args, "--dry-run")
     assert f"{file.size_bytes:,}" in out
     assert "free" in out

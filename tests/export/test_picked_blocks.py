@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,10 +12,13 @@ import pytest
 from export.plain_layout import QUANTISER, demo, plain_layout, planned
 from gemcut.checkpoint import Checkpoint
 from gemcut.export.imatrix import Entry, Imatrix, Inputs
+from gemcut.export.imatrix.blocks import Roundings, quantise_blocks, roundings
 from gemcut.export.run import export_gguf
+from gemcut.export.source import PIECE_ELEMENTS
+from gemcut.exporting import Export, estimate
 from gemcut.families.gguf import GgufLayout
 from gemcut.ggml.library import load
-from gemcut.ggml.types import GgmlType
+from gemcut.ggml.types import GgmlType, tensor_bytes
 from gemcut.gguf_file import read_gguf
 
 LIBRARY = replace(load(), identity=QUANTISER)
@@ -59,6 +63,23 @@ def test_threads_change_nothing_and_only_tensors_with_inputs_differ(
     a, b = read_gguf(tmp_path / "1" / "m.gguf"), read_gguf(tmp_path / "once" / "m.gguf")
     differ = {name for name in a.tensors if a.read(name).tobytes() != b.read(name).tobytes()}
     assert differ == {name for name in picked.inputs if a.tensors[name].kind is GgmlType.Q4_0}
+
+
+def test_a_dry_run_counts_the_room_of_roundings(tmp_path: Path, moe: Checkpoint, layout: GgufLayout) -> None:
+    picked = importances(layout)
+    needed = []
+    for given in (replace(picked, roundings=1), picked):
+        export = Export(moe, layout, tuple(planned(moe, layout, {"m": GgmlType.Q4_0}, given)))
+        needed.append(estimate((export,), tmp_path, 2).memory_bytes)
+    rng = np.random.default_rng(0)
+    values = rng.standard_normal((PIECE_ELEMENTS // 256, 256), np.float32)
+    ones = np.ones(256, np.float32)
+    out = np.empty(tensor_bytes(GgmlType.Q4_0, values.shape), np.uint8)
+    tracemalloc.start()
+    quantise_blocks(values, GgmlType.Q4_0, Roundings(roundings(rng.random(256, np.float32), 4), ones, ones), out)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak <= (needed[1] - needed[0]) // 2 < 4 * peak
 
 
 def test_roundings_are_part_of_what_a_tensor_is_found_again_by(moe: Checkpoint, layout: GgufLayout) -> None:

@@ -97,12 +97,8 @@ def finished(planned: Planned, folder: Path, parent: str, quantiser: str) -> boo
     """Whether this very file is there already; a record that a kill has prevented is written now."""
     if any(not _same_header(folder / part.name, part.header, part.size_bytes) for part in planned.parts):
         return False
-    path = record_path(folder, planned.target.name)
-    try:
-        if load_record(path).settings == planned.settings:
-            return True
-    except GemcutError:
-        pass
+    if _recorded(planned, folder):
+        return True
     journal = folder / (planned.target.name + JOURNAL)
     facts = journalled(journal, planned.settings)
     partial = any((folder / (part.name + PARTIAL)).exists() for part in planned.parts)
@@ -111,6 +107,20 @@ def finished(planned: Planned, folder: Path, parent: str, quantiser: str) -> boo
     _remember(planned, folder, parent, quantiser, facts.values())
     journal.unlink(missing_ok=True)
     return True
+
+
+def _recorded(planned: Planned, folder: Path) -> bool:
+    try:
+        return load_record(record_path(folder, planned.target.name)).settings == planned.settings
+    except GemcutError:
+        return False
+
+
+def refuse_taken(planned: Planned, folder: Path) -> None:
+    """What the export would refuse, before it begins: as `refuse_others` where this very file is not there already."""
+    there = all(_same_header(folder / part.name, part.header, part.size_bytes) for part in planned.parts)
+    if not (there and _recorded(planned, folder)):
+        refuse_others(planned, folder)
 
 
 def refuse_others(planned: Planned, folder: Path) -> None:
