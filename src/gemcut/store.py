@@ -17,6 +17,7 @@ from gemcut.errors import CheckpointError, MissingError, UsageError
 from gemcut.types import Json
 
 PARTIAL = ".partial"
+MAX_NAME_BYTES = 255  # of one part of a path, on every usual file system
 _CHUNK = 8 << 20
 
 

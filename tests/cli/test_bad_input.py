@@ -32,6 +32,22 @@ def shard(base: Path, number: int = 1) -> Path:
     return base / f"model-0000{number}-of-00003.safetensors"
 
 
+@pytest.mark.parametrize("verb", ["gguf", "cut"])
+def test_a_name_that_no_file_system_takes(tmp_path: Path, capsys: pytest.CaptureFixture[str], verb: str) -> None:
+    more = ("-t", "Q8_0") if verb == "gguf" else ("--plan", tmp_path / "plan.json")
+    for out in (tmp_path / ("o" * 256), tmp_path / ("ü" * 128) / "o"):
+        for dry in ((), ("--dry-run",)):
+            code, _, err = gemcut(capsys, verb, "demo:moe", *more, "-o", out, *dry)
+            assert (code, "a name in -o is too long" in err) == (2, True)
+
+
+def test_a_model_whose_files_would_have_too_long_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = make_tiny(tmp_path / ("m" * 240), "dense-text")
+    code, _, err = gemcut(capsys, "gguf", model, "-t", "Q8_0", "-o", tmp_path / "o")
+    assert (code, "name is too long" in err) == (2, True)
+    assert not (tmp_path / "o").exists()
+
+
 def truncate(base: Path) -> None:
     raw = shard(base).read_bytes()
     shard(base).write_bytes(raw[: len(raw) // 2])

@@ -57,7 +57,9 @@ def inspect(model: str, talk: Talk) -> None:
 @click.argument("model")
 @click.option("--plan", "plan_file", required=True, type=click.Path(), help="plan.json: which units stay.")
 @click.option("--heal", type=click.Path(), help="A folder of gemcut heal: what it refitted goes into the cut.")
-@click.option("-o", "--out", required=True, type=click.Path(), help="The folder to write; of a GGUF file, the file.")
+@click.option(
+    "-o", "--out", required=True, type=options.OutPath(), help="The folder to write; of a GGUF file, the file."
+)
 @click.option("--copy", is_flag=True, help="Copy unchanged shards instead of hard-linking them.")
 @_any_parent
 @options.force

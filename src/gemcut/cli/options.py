@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -31,9 +32,25 @@ def talk(function: F) -> F:
     return command  # type: ignore[return-value]
 
 
+class OutPath(click.Path):
+    """A place to write, whose names are not longer than a file system takes."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The path as it is."""
+        from gemcut.errors import UsageError
+        from gemcut.store import MAX_NAME_BYTES
+
+        found = super().convert(value, param, ctx)
+        for part in str(found).split(os.sep):
+            if len(os.fsencode(part)) > MAX_NAME_BYTES:
+                got, wanted = f"{len(os.fsencode(part))} bytes", f"at most {MAX_NAME_BYTES}"
+                raise UsageError("a name in -o is too long", where=f"{part[:60]}…", got=got, wanted=wanted)
+        return found
+
+
 force = click.option("--force", is_flag=True, help="Replace an existing output.")
 dry_run = click.option("--dry-run", is_flag=True, help="Say what would be read, written and needed; do nothing.")
-out_folder = click.option("-o", "--out", required=True, type=click.Path(), help="The folder to write.")
+out_folder = click.option("-o", "--out", required=True, type=OutPath(), help="The folder to write.")
 
 
 def refuse(*names: str, wanted: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
@@ -16,7 +17,7 @@ from gemcut.families.gguf import GgufLayout, GgufTensor, Value
 from gemcut.ggml.quantise import requires_imatrix
 from gemcut.ggml.types import GgmlType
 from gemcut.gguf_file import Layout, lay_out_split
-from gemcut.store import fingerprint
+from gemcut.store import MAX_NAME_BYTES, fingerprint
 from gemcut.types import F32
 
 # Types whose bytes do not depend on importances: nothing is searched, or llama.cpp does not look at them.
@@ -26,6 +27,7 @@ WITHOUT_IMPORTANCE = frozenset(
         GgmlType.NVFP4,
     }
 )  # fmt: skip
+_ROOM_BYTES = 32  # what parts, records and journals have behind a file's name
 
 
 class Importances(Protocol):
@@ -105,6 +107,10 @@ def plan_target(
     """
     if not target.name.endswith(".gguf") or "/" in target.name:
         raise UsageError("not the name of a GGUF file", got=target.name, wanted="NAME.gguf")
+    longest = len(os.fsencode(target.name)) + _ROOM_BYTES
+    if longest > MAX_NAME_BYTES:
+        hint = f"give the model's folder a name that is {longest - MAX_NAME_BYTES} bytes shorter"
+        raise UsageError("the file's name is too long", got=f"{target.name[:60]}…", hint=hint)
     tensors = sorted(layout.tensors, key=lambda tensor: file_order(tensor.name))
     missing = next((tensor.name for tensor in tensors if tensor.name not in target.types), None)
     if missing is not None:
