@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Iterator
 
 # Before torch is imported: a second thread on matrices this small only waits for the first, and on a busy machine it
 # waits long (six times the processor time in one measured run).
@@ -10,8 +12,19 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import pytest
 from hypothesis import HealthCheck, settings
 
 # No test is a timed test: a busy machine must not turn a property false.
 settings.register_profile("gemcut", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("gemcut")
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_it_was() -> Iterator[None]:
+    """A verb run inside a test talks to that test's stderr; the next test must not talk to the closed one."""
+    logger = logging.getLogger("gemcut")
+    handlers, level, propagate = logger.handlers[:], logger.level, logger.propagate
+    yield
+    logger.handlers[:], logger.propagate = handlers, propagate
+    logger.setLevel(level)
