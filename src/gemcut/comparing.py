@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import logging
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -21,10 +24,13 @@ from gemcut.types import KldResult
 if TYPE_CHECKING:
     from gemcut.stream.corpus import Corpus
 
+log = logging.getLogger(__name__)
+
 Progress = Callable[[int, int, str], None]
 Compared: TypeAlias = Checkpoint | GgufFile
 
 FLOOR = "noise floor: the base in BF16"
+_FLOOR_FOLDER, _LOCK = "gemcut-floor-", "lock"
 _PLAIN = frozenset({GgmlType.F32, GgmlType.F16, GgmlType.BF16})
 
 
@@ -100,8 +106,12 @@ def with_floor(comparison: Comparison, scratch: Path, *, progress: Progress | No
     """
     if not isinstance(comparison.base, Checkpoint):
         raise UsageError("a floor of noise needs a base that is a folder", where=comparison.base.path.name)
-    scratch.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="gemcut-floor-", dir=scratch) as folder:
+    with store.disk_errors(scratch):
+        scratch.mkdir(parents=True, exist_ok=True)
+        _delete_leftovers(scratch)
+        place = tempfile.TemporaryDirectory(prefix=_FLOOR_FOLDER, dir=scratch)
+    with place as folder, open(Path(folder) / _LOCK, "wb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
         exports = exporting.plan_export(comparison.base, exporting.GgufWords(("BF16",)))
         threads = machine.free_cores()
         store.need_disk(scratch, exporting.estimate(exports, Path(folder), threads).write_bytes)
@@ -109,6 +119,15 @@ def with_floor(comparison: Comparison, scratch: Path, *, progress: Progress | No
         (file,) = Path(folder).glob("*.gguf")
         candidates = {FLOOR: open_gguf(file), **comparison.candidates}
         yield Comparison(comparison.base, candidates, comparison.tokenizer)
+
+
+def _delete_leftovers(scratch: Path) -> None:
+    """Floors of killed runs: those of running ones are locked."""
+    for old in scratch.glob(f"{_FLOOR_FOLDER}*"):
+        with contextlib.suppress(OSError), open(old / _LOCK, "rb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(old)
+            log.info("deleted what a killed run left: %s", old.name)
 
 
 def measure(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -45,6 +47,28 @@ def test_a_file_against_its_folder_with_the_floor_of_noise(
     assert {row["mean"]["n"] for row in four["rows"]} > {1}
     for row in four["rows"]:  # one chunk has no interval
         assert ("[" in lines[row["cls"]]) == (row["mean"]["n"] > 1)
+
+
+@pytest.mark.slow
+def test_the_file_of_the_floor_lies_beside_the_candidate_and_leftovers_go(file: Path) -> None:
+    from gemcut import comparing
+
+    killed, running, others = (file.parent / f"gemcut-floor-{name}" for name in ("a", "b", "c"))
+    for folder in (killed, running, others):
+        folder.mkdir()
+        (folder / "demo-dense-BF16.gguf").write_bytes(b"large")
+    (killed / "lock").touch()
+    compared = comparing.open_comparison("demo:dense", (str(file),))
+    with open(running / "lock", "wb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with comparing.with_floor(compared, file.parent) as found:
+            floor = found.candidates[comparing.FLOOR]
+            assert floor.path.parent.parent == file.parent
+            assert not killed.exists()
+        assert not floor.path.exists()
+    assert [running.exists(), others.exists()] == [True, True]  # without a lock it is not ours
+    for folder in (running, others):
+        shutil.rmtree(folder)
 
 
 @pytest.mark.slow

@@ -22,7 +22,12 @@ from gemcut.types import Estimate, KldResult
 @click.option("--seed", default=0, show_default=True, help="Seed of the bootstrap.")
 @click.option("--raw", is_flag=True, help="Messages as plain text, without the chat template.")
 @click.option("--tokenizer", metavar="FOLDER", help="Whose token ids, where only GGUF files are compared.")
-@click.option("--floor", is_flag=True, help="Also the base itself as a BF16 GGUF: what other arithmetic does.")
+@click.option(
+    "--floor",
+    is_flag=True,
+    help="Also the base itself as a BF16 GGUF, written to -o or beside the first candidate and deleted: what other "
+    "arithmetic does.",
+)
 @click.option("--threads", type=click.IntRange(min=1), help="Of llama.cpp; by default the cores that are free.")
 @click.option("-o", "--out", type=click.Path(), help="Keep the results in this folder.")
 @options.talk
@@ -47,7 +52,6 @@ def kld(
     the base's own tokenizer, and both sides get the same.
     """
     import contextlib
-    import tempfile
 
     from gemcut import comparing, recipe
 
@@ -59,7 +63,7 @@ def kld(
         compared = comparing.open_comparison(base, candidates, tokenizer)
         text = comparing.corpus_for(compared, words, raw=raw)
         if floor:
-            scratch = folder or Path(tempfile.gettempdir())
+            scratch = folder or Path(candidates[0]).resolve().parent  # a whole model may not fit where /tmp lies
             compared = stack.enter_context(comparing.with_floor(compared, scratch, progress=talk.progress))
         results = comparing.measure(compared, text, words, folder, threads=threads, progress=talk.progress)
     show_kld(talk, results)
