@@ -67,6 +67,33 @@ def test_a_dry_run_says_the_size_to_the_byte_and_writes_nothing(
     assert "free" in out
 
 
+def test_types_of_tensors_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = tmp_path / "types.txt"
+    lines.write_text("# keys in full\nattn_k=f16\n\nattn_v=q5_0  # and values less so\n")
+    args = (
+        "gguf",
+        "demo:dense",
+        "-t",
+        "Q8_0",
+        "--tensor-type-file",
+        lines,
+        "-o",
+        tmp_path / "o",
+        "--dry-run",
+        "--json",
+    )
+    for more, keys in ((), ["F16"]), (("--tensor-type", "attn_k=q4_0"), ["Q4_0"]):
+        if more:  # over every line that it leaves nothing to
+            lines.write_text("attn_v=q5_0\n")
+        code, out, err = gemcut(capsys, *args, *more)
+        assert code == 0, err
+        types = {one["role"]: one["types"] for one in json.loads(out)["files"][0]["kinds"]}
+        assert (types["attn_k"], types["attn_v"]) == (keys, ["Q5_0"])
+    lines.write_text("attn_v=q5_0\nattn_k\n")
+    code, _, err = gemcut(capsys, *args)
+    assert (code, "types.txt, line 2" in err) == (2, True)
+
+
 def test_a_plan_on_the_way_with_heads_of_its_own_in_every_layer(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -39,6 +39,14 @@ if TYPE_CHECKING:
     "--tensor-type", "overrides", multiple=True, metavar="REGEX=TYPE", help="Type of some tensors, as attn_k=q6_k."
 )
 @click.option(
+    "--tensor-type-file",
+    "override_files",
+    multiple=True,
+    type=click.Path(),
+    metavar="FILE",
+    help="The same, line by line from a file; # begins a comment. What --tensor-type says comes first.",
+)
+@click.option(
     "--mmproj",
     "mmprojs",
     multiple=True,
@@ -66,6 +74,7 @@ def gguf(
     out: str,
     imatrix: str | None,
     overrides: tuple[str, ...],
+    override_files: tuple[str, ...],
     mmprojs: tuple[str, ...],
     drafter: str | None,
     plan_file: str | None,
@@ -81,9 +90,13 @@ def gguf(
 
     Finished tensors of a run that broke off stay; tensors that an earlier export in the folder holds are copied. --size
     and --fit measure what every type of every tensor costs, once; that and a picture of the bits stay in the folder.
+
+    Tensors have the bytes that llama-quantize gives them, but for importance matrices with roundings (gemcut imatrix
+    --variant auto, or --roundings): blocks are then picked from several quantisations, which llama-quantize does not.
     """
     from gemcut import exporting, gguf_stages, machine, mixing, models, recipe
     from gemcut.errors import UsageError
+    from gemcut.export.mix.overrides import read_overrides
 
     if not (types or sizes or fit or mmprojs or drafter):
         raise UsageError("no file type was asked for", hint="-t Q4_K_M -t IQ3_M, --size 10GiB, or --fit 24GiB")
@@ -104,7 +117,10 @@ def gguf(
             "tiers": list(types),
             "sizes": [str(one) for one in sizes],
             "fit": [card] if fit else [],
-            "overrides": list(overrides),
+            "overrides": [
+                *overrides,
+                *(line for one in override_files for line in read_overrides(Path(one))),
+            ],
             "mmproj": [one.upper() for one in mmprojs],
             "drafter": {"model": drafter} if drafter else None,
             "max_shard_size": str(max_shard_size) if max_shard_size else None,

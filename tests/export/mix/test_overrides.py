@@ -70,7 +70,8 @@ def test_lines_that_say_nothing_are_refused(line: str) -> None:
 def test_a_file_may_have_comments(tmp_path: Path) -> None:
     path = tmp_path / "types.txt"
     path.write_text("# all keys\nattn_k=q6_k  ffn_down=q5_k # and these\n\n  # none\nattn_[qv]=q4_k\n")
-    found = [(one.pattern.pattern, one.kind) for one in read_overrides(path)]
+    assert read_overrides(path) == ("attn_k=q6_k", "ffn_down=q5_k", "attn_[qv]=q4_k")
+    found = [(one.pattern.pattern, one.kind) for one in parse_overrides(path.read_text().splitlines())]
     assert found == [("attn_k", GgmlType.Q6_K), ("ffn_down", GgmlType.Q5_K), ("attn_[qv]", GgmlType.Q4_K)]
 
 

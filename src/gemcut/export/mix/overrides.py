@@ -41,8 +41,8 @@ def parse_overrides(lines: Iterable[str], *, where: str = "--tensor-type") -> tu
     return tuple(found)
 
 
-def read_overrides(path: Path) -> tuple[Override, ...]:
-    """The overrides in a text file; see `parse_overrides`.
+def read_overrides(path: Path) -> tuple[str, ...]:
+    """The overrides in a text file, one `REGEX=TYPE` each.
 
     Raises:
         UsageError: no such file, not text, larger than 16 MiB, or as `parse_overrides` says.
@@ -55,7 +55,9 @@ def read_overrides(path: Path) -> tuple[Override, ...]:
         raise UsageError("a file of tensor types cannot be read", where=path.name, got=str(error)[:120]) from None
     if len(raw) > MAX_FILE_BYTES:
         raise UsageError("a file of tensor types is too large", where=path.name, wanted=f"{MAX_FILE_BYTES} bytes")
-    return parse_overrides(text.splitlines(), where=path.name)
+    lines = text.splitlines()
+    parse_overrides(lines, where=path.name)  # a wrong one is named with its line
+    return tuple(word for line in lines for word in _COMMENT.sub("", line).split())
 
 
 def decided(layout: GgufLayout, overrides: Sequence[Override]) -> dict[str, GgmlType]:
