@@ -6,7 +6,6 @@ import contextlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -126,13 +125,12 @@ def plan_files(
     imatrix: Path | None = None,
     curvature: Path | None = None,
     damages: Path | None = None,
-    keep: bool = True,
     progress: Progress | None = None,
 ) -> tuple[Export, ...]:
     """Every file decided and laid out; no model is written.
 
     Args:
-        damages: file of measured damages, written if `keep`.
+        damages: file of measured damages, read and written.
     Raises:
         As `exporting.plan_export`; UsageError for a drafter that is none.
     """
@@ -150,7 +148,7 @@ def plan_files(
         )
         for one in words.fit
     )  # fmt: skip
-    mix = mixing.MixWords(tuple(size_bytes(one) for one in words.sizes), cards, curvature, damages, keep)
+    mix = mixing.MixWords(tuple(size_bytes(one) for one in words.sizes), cards, curvature, damages)
     asked = exporting.GgufWords(
         words.tiers,
         imatrix,
@@ -241,7 +239,7 @@ def written(exports: Sequence[Export], out: Path, imatrix: Path | None) -> tuple
                     how=_how(plan.target.name, mix),
                     parts=file.parts,
                     size_bytes=file.size_bytes,
-                    bits_per_weight=_bits_per_weight(file),
+                    bits_per_weight=plan.bits_per_weight,
                     imatrix=variant if any(plan.importance.values()) else "",
                     types=_types(file),
                     sha256={name: store.sha256_file(out / name) for name in file.parts},
@@ -260,11 +258,6 @@ def _how(name: str, mix: mixing.Mix | None) -> str:
     if mix is not None:
         return "card" if mix.fit is not None else "size"
     return "layers" if any(f"-{tier}" in name for tier in TIERS) else "stock"
-
-
-def _bits_per_weight(file: GgufFile) -> float:
-    payload = sum(ref.size_bytes for ref in file.tensors.values())
-    return 8 * payload / max(1, sum(prod(ref.shape) for ref in file.tensors.values()))
 
 
 def _types(file: GgufFile) -> dict[str, int]:

@@ -43,14 +43,13 @@ class FitWords:
 class MixWords:
     """sizes: bytes of files to solve for.   fits: cards to solve for.
 
-    curvature: its folder.   damages: the file where measured damages are looked for, and written if `keep`.
+    curvature: its folder.   damages: the file where measured damages are looked for, and kept.
     """
 
     sizes: tuple[int, ...] = ()
     fits: tuple[FitWords, ...] = ()
     curvature: Path | None = None
     damages: Path | None = None
-    keep: bool = True
 
     @property
     def asked(self) -> bool:
@@ -138,7 +137,7 @@ def solve_mixes(
         checkpoint, layout, load_curvature(words.curvature), importances,
         earlier=earlier, threads=threads, library=library, progress=progress,
     )  # fmt: skip
-    if words.keep and words.damages is not None and damages.values != (earlier.values if earlier else None):
+    if words.damages is not None and damages.values != (earlier.values if earlier else None):
         words.damages.parent.mkdir(parents=True, exist_ok=True)
         measure.save_damages(damages, words.damages)
     mixes = []
