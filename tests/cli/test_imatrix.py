@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from tests.cli.verb import gemcut
 from tests.tiny import make_tiny
 
@@ -15,14 +13,6 @@ from gemcut.checkpoint.read import open_checkpoint
 from gemcut.export.imatrix import read_imatrix
 from gemcut.observe.run import observe
 from gemcut.stream.corpus import load_corpus
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

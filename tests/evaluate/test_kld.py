@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from gemcut.checkpoint.read import Checkpoint, open_checkpoint
 from gemcut.errors import CheckpointError, QualityError, UsageError
-from gemcut.evaluate.kld import KldSettings, kld, kld_chunks, perplexity
+from gemcut.evaluate.kld import KldSettings, kld, kld_chunks
 from gemcut.records.results import kld_from_json, kld_to_json
 from gemcut.stream.corpus import Corpus, load_corpus
 from gemcut.types import Estimate, KldResult, KldRow
@@ -237,17 +237,6 @@ def test_the_seed_moves_only_the_intervals(
     assert first.mean.value == second.mean.value
     assert (first.mean.low, first.mean.high) != (second.mean.low, second.mean.high)
     assert (plain.seed, other.seed) == (0, 1)
-
-
-def test_perplexity_is_the_candidates_column(
-    corpus: Corpus, checkpoints: dict[str, Checkpoint], plain: KldResult
-) -> None:
-    alone = perplexity(checkpoints["cut"], corpus, FLOAT32)
-    assert [row.cls for row in alone.rows] == ["code", "math", "prose", "all"]
-    for row, other in zip(alone.rows, plain.rows, strict=True):
-        assert row.ppl == pytest.approx(other.ppl_candidate, rel=1e-12)
-        assert row.loss.value == pytest.approx(math.log(row.ppl), rel=1e-12)
-        assert (row.tokens, row.loss.n) == (other.tokens, other.mean.n)
 
 
 def test_the_record_survives_the_disk_and_holds_no_path(root: Path, corpus: Corpus, plain: KldResult) -> None:

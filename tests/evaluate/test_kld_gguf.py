@@ -15,7 +15,7 @@ from gemcut import exporting
 from gemcut.checkpoint.read import Checkpoint, open_checkpoint
 from gemcut.errors import CheckpointError, QualityError, UsageError
 from gemcut.evaluate import kld as module
-from gemcut.evaluate.kld import KldSettings, kld, perplexity
+from gemcut.evaluate.kld import KldSettings, kld
 from gemcut.ggml.model import Model
 from gemcut.gguf_file.header import GgufFile, open_gguf
 from gemcut.stream.corpus import Corpus, load_corpus
@@ -135,12 +135,6 @@ def test_the_first_tokens_of_an_item_can_be_context_only(
     for wrong in (-1, max(len(row.ids) for row in corpus.items) - 1):
         with pytest.raises(UsageError, match="context_tokens"):
             kld(files["BF16"], [files["Q4_0"]], corpus, replace(settings, context_tokens=wrong))
-
-
-def test_perplexity_of_a_file(root: Path, files: dict[str, GgufFile], base: Checkpoint, corpus: Corpus) -> None:
-    alone = perplexity(files["Q8_0"], corpus, replace(ONE, tokenizer=root / "base"))
-    beside = kld(base, [files["Q8_0"]], corpus, ONE)[0]
-    assert [row.ppl for row in alone.rows] == pytest.approx([row.ppl_candidate for row in beside.rows], rel=1e-9)
 
 
 # ---------------------------------------------------------------- what is refused

@@ -14,7 +14,9 @@ from gemcut.cli.sizes import size
 
 if TYPE_CHECKING:
     from gemcut.checkpoint import Checkpoint
+    from gemcut.export.nvfp4.layout import Layout
     from gemcut.export.nvfp4.run import Nvfp4Report, Prepared
+    from gemcut.export.nvfp4.scales import Method
 
 _SHOWN = 5
 
@@ -89,7 +91,7 @@ def nvfp4(
     model: str,
     out: str,
     stats: str | None,
-    scales: str | None,
+    scales: Method | None,
     convert: bool,
     copy: bool,
     force: bool,
@@ -106,12 +108,12 @@ def nvfp4(
     from gemcut.export.nvfp4.run import Settings, prepare, write_nvfp4
 
     if convert:
-        _convert(model, Path(out), str(words["layout"]), force, dry_run, copy, talk)
+        _convert(model, Path(out), words["layout"], force, dry_run, copy, talk)
         return
     base = models.open_any(model)
     words["ignore"] = tuple(words["ignore"])
     words["threads"] = words["threads"] or machine.free_cores()
-    prepared = prepare(base, Settings(scales=scales or "", **words), Path(stats) if stats else None)  # type: ignore[arg-type]
+    prepared = prepare(base, Settings(scales=scales or "", **words), Path(stats) if stats else None)
     if dry_run:
         _show_sizes(prepared, Path(out), talk)
         return
@@ -163,12 +165,12 @@ def _show(report: Nvfp4Report, out: str, talk: Talk) -> None:
     )
 
 
-def _convert(model: str, out: Path, layout: str, force: bool, dry_run: bool, copy: bool, talk: Talk) -> None:
+def _convert(model: str, out: Path, layout: Layout, force: bool, dry_run: bool, copy: bool, talk: Talk) -> None:
     from gemcut import models
     from gemcut.export.nvfp4.convert import convert, plan_conversion
 
     source = models.open_any(model)
-    meant = plan_conversion(source, layout)  # type: ignore[arg-type]
+    meant = plan_conversion(source, layout)
     if dry_run:
         talk.result(
             {"modules": meant.modules, "inexact": meant.inexact},

@@ -23,7 +23,7 @@ import torch
 from gemcut.checkpoint.read import Checkpoint
 from gemcut.errors import QualityError, UsageError
 from gemcut.evaluate.chunks import KldChunks
-from gemcut.evaluate.interval import RESAMPLES, Bootstrap
+from gemcut.evaluate.interval import RESAMPLES
 from gemcut.evaluate.kld_sources import (
     Compared,
     Heads,
@@ -36,40 +36,16 @@ from gemcut.evaluate.kld_sources import (
     vocabulary_of,
 )
 from gemcut.evaluate.kld_tile import compare, rows_per_tile
-from gemcut.evaluate.rows import ALL, Measured, chunks_of, classes_of, kld_row, renumbered, rows_of, sums
+from gemcut.evaluate.rows import ALL, Measured, chunks_of, classes_of, kld_row, rows_of, sums
 from gemcut.ggml.model import Model, run_bytes
 from gemcut.gguf_file.header import GgufFile
 from gemcut.stream.corpus import Corpus
 from gemcut.stream.hidden import BATCH_TOKENS, Progress, Slabs, scored_positions
-from gemcut.types import Estimate, KldResult
+from gemcut.types import KldResult
 
 # Of the free memory, for the mapped files that run at the same time: what does not stay in memory is read again for
 # every batch of tokens.
 _MAPPED_SHARE = 0.8
-
-
-@dataclass(frozen=True, slots=True)
-class PplRow:
-    """Mean next-token loss of one class in nats, and its perplexity exp(loss)."""
-
-    cls: str
-    tokens: int
-    loss: Estimate
-    ppl: float
-
-
-@dataclass(frozen=True, slots=True)
-class PplResult:
-    """One model on one corpus."""
-
-    fingerprint: str
-    model: str
-    corpus_hash: str
-    template_hash: str
-    dtype: str
-    chunks: int
-    seed: int
-    rows: tuple[PplRow, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +102,7 @@ def kld(
         CheckpointError: another tokenizer or vocabulary than the base or the corpus; a GGUF that does not load.
         QualityError: a hidden state or a logit is not finite.
     """
-    measured = _compared(base, candidates, corpus, settings, progress)
+    measured = _measure(base, candidates, corpus, settings, progress)
     rows, fingerprint = rows_of(corpus.classes, measured), fingerprint_of(base)
     draw = (settings.seed, settings.resamples)
     return [
@@ -154,40 +130,17 @@ def kld_chunks(
     progress: Progress | None = None,
 ) -> KldChunks:
     """KL of every chunk and candidate, for paired comparisons. Positions, arguments, errors as in `kld`."""
-    measured = _compared(base, candidates, corpus, settings, progress)
+    measured = _measure(base, candidates, corpus, settings, progress)
     _, _, strata = rows_of(corpus.classes, measured)[-1]
     tokens = np.bincount(measured.chunk).astype(np.int64)
     kl = np.stack([sums(one, measured.chunk) for one in measured.kl])
     return KldChunks(strata, tokens, kl, settings.seed, settings.resamples)
 
 
-def perplexity(
-    model: Compared, corpus: Corpus, settings: KldSettings = DEFAULTS, *, progress: Progress | None = None
-) -> PplResult:
-    """Perplexity per class and over all: exp(mean next-token loss). Positions, intervals, arguments as in `kld`."""
-    measured = _measure([model], corpus, settings, progress)
-    rows = []
-    for name, take, strata in rows_of(corpus.classes, measured):
-        chunk, tokens = renumbered(measured.chunk[take])
-        bootstrap = Bootstrap(strata, settings.seed, settings.resamples)
-        loss = bootstrap.ratio(sums(measured.nll[0, take], chunk), tokens)
-        rows.append(PplRow(name, int(tokens.sum()), loss, float(np.exp(loss.value))))
-    return PplResult(
-        fingerprint=fingerprint_of(model),
-        model=name_of(model),
-        corpus_hash=corpus.hash,
-        template_hash=corpus.template_hash,
-        dtype=measured.dtype,
-        chunks=int(measured.chunk[-1]) + 1,
-        seed=settings.seed,
-        rows=tuple(rows),
-    )
-
-
 # ---------------------------------------------------------------- running the models
 
 
-def _compared(
+def _measure(
     base: Compared,
     candidates: Sequence[Compared],
     corpus: Corpus,
@@ -196,10 +149,7 @@ def _compared(
 ) -> Measured:
     if not candidates:
         raise UsageError("no candidate to compare with the base", where=name_of(base))
-    return _measure([base, *candidates], corpus, settings, progress)
-
-
-def _measure(models: Sequence[Compared], corpus: Corpus, settings: KldSettings, progress: Progress | None) -> Measured:
+    models = [base, *candidates]
     _check(models, corpus, settings)
     memory = settings.memory_bytes
     slabs = Slabs(int(psutil.virtual_memory().available) // 4 if memory is None else memory, settings.scratch)

@@ -111,9 +111,10 @@ def _from_gguf(file: GgufFile) -> Imatrix:
         raise CheckpointError("the imatrix has no entries", where=where)
     entries = {name: _entry(file, name) for name in names}
     starved = _starved(_texts(file, f"{_OWN}starved"), entries, where)
-    variant = file.value(f"{_OWN}variant") or "plain"
-    if variant not in get_args(Variant):
-        raise CheckpointError("unknown variant of importances", where=where, got=repr(variant)[:60])
+    said = file.value(f"{_OWN}variant") or "plain"
+    known: dict[object, Variant] = {one: one for one in get_args(Variant)}
+    if not isinstance(said, str) or said not in known:
+        raise CheckpointError("unknown variant of importances", where=where, got=repr(said)[:60])
     prior = _count(file, f"{_OWN}prior_tokens")
     rounds = _count(file, f"{_OWN}roundings") or 1
     if rounds > MAX_ROUNDINGS:
@@ -126,7 +127,7 @@ def _from_gguf(file: GgufFile) -> Imatrix:
         datasets=_without_folders(_texts(file, _DATASETS)),
         chunks=_count(file, _CHUNKS),
         chunk_size=_count(file, _CHUNK_SIZE),
-        variant=variant,  # type: ignore[arg-type]
+        variant=known[said],
         prior_tokens=prior,
         starved=starved,
         roundings=rounds,
