@@ -223,7 +223,7 @@ G = "gram.self_attn.o_proj.g"
 
 def test_statistics_of_another_model(checkpoint: Checkpoint, grams: Path, tmp_path: Path) -> None:
     other = open_checkpoint(make_tiny(tmp_path / "m", "dense", seed=5))
-    with pytest.raises(CheckpointError, match="another model"):
+    with pytest.raises(CheckpointError, match="another checkpoint"):
         score_heads(other, grams, drop=1)
 
 

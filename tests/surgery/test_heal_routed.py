@@ -23,7 +23,6 @@ from gemcut.surgery.heal.routed import Contributions, ScaleMoments, ScaleSums, T
 from gemcut.surgery.heal.settings import HELD_OUT, HealSettings, Job, jobs_of, split_items
 from gemcut.surgery.heal.solve import refit
 from gemcut.surgery.heal.states import Layout
-from gemcut.surgery.heal.stored import heal_stored
 from gemcut.surgery.heal.stream import heal
 from gemcut.types import LayerPlan, Plan, Replace, Take
 from stopping import Stop, stop_at
@@ -238,8 +237,6 @@ def test_a_stopped_heal_goes_on_with_the_same_bytes(
 def test_refusals(base: Checkpoint, corpus: Corpus, whole: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="drops no expert"):
         heal(base, expert_plan(base, tuple(range(8))), corpus, tmp_path / "no")
-    with pytest.raises(UsageError, match="cut of heads"):
-        heal_stored(base, expert_plan(base), tmp_path, tmp_path / "no")
     few = dataclasses.replace(corpus, items=corpus.items[:8])
     few = dataclasses.replace(few, items=tuple(dataclasses.replace(row, ids=row.ids[:2]) for row in few.items))
     with pytest.raises(UsageError, match="at least 20 tokens, 4 for each expert"):

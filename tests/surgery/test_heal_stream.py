@@ -18,14 +18,10 @@ from tests.surgery.heal_demo import head_plan, make_corpus
 
 from gemcut.checkpoint.read import Checkpoint, open_checkpoint
 from gemcut.errors import CheckpointError, GemcutError, UsageError
-from gemcut.observe.run import observe
-from gemcut.observe.settings import ObserveSettings
 from gemcut.records.heal import HEAL_FILE, HealTarget, load_heal
 from gemcut.stream.corpus import Corpus
 from gemcut.stream.model import StreamedModel
 from gemcut.surgery.heal.settings import FIT, HELD_OUT, INNER, HealSettings, jobs_of, split_items
-from gemcut.surgery.heal.solve import Moments, refit
-from gemcut.surgery.heal.stored import heal_stored
 from gemcut.surgery.heal.stream import heal
 from gemcut.types import Plan
 from stopping import Stop, contents, stop_at
@@ -177,35 +173,6 @@ def test_local_equals_sequential_in_the_first_layer_and_nowhere_else(
     for a, b in zip(local.layers[1:], report.layers[1:], strict=True):
         assert a.held_out_before != b.held_out_before
     assert local.fingerprint != report.fingerprint
-
-
-def test_a_stored_gram_gives_the_local_heal(base: Checkpoint, plan: Plan, corpus: Corpus, tmp_path: Path) -> None:
-    """Both fitted on the even questions: a plain fit of the dense model's rows, and the observation's matrix."""
-    statistics = observe(base, corpus, tmp_path / "stats", settings=ObserveSettings(dtype="float32", batch_tokens=256))
-    report = heal_stored(base, plan, statistics, tmp_path / "stored", ridge=1.0)
-    assert [one.layer for one in report.layers] == sorted(DROP)
-    assert heal_stored(base, plan, statistics, tmp_path / "stored", ridge=1.0) == report
-    jobs = jobs_of(base, plan)
-    with StreamedModel.open(base, dtype="float32") as model:
-        hidden = [model.embed(torch.from_numpy(row.ids.copy())[None]) for row in corpus.items]
-        with model.layer(0) as layer:
-            linear, seen = layer.self_attn.o_proj, []
-            linear.register_forward_hook(lambda m, a, y: seen.append((a[0][0], y[0])))
-            for h in hidden:
-                model.run_layer(layer, h)
-            columns = torch.from_numpy(jobs[0].columns)
-            m = Moments.zeros(linear.weight.shape[0], len(columns))
-            for x, y in seen[::2]:
-                root = (y.square().mean(-1) + float(model.config.rms_norm_eps)).rsqrt()
-                m.add(x[:, columns], root, y * root[:, None])
-            wanted = refit(m, linear.weight[:, columns].double(), 1.0, "").weight
-    got = healed_weight(tmp_path / "stored", 0)[:, columns].double()
-    assert float((got - wanted).norm() / wanted.norm()) < 3e-3
-    assert report.layers[0].samples == m.n
-    assert report.layers[0].held_out_samples == corpus.tokens - m.n
-    other = open_checkpoint(make_tiny(tmp_path / "other", "dense", seed=5))
-    with pytest.raises(CheckpointError, match="another checkpoint"):
-        heal_stored(other, head_plan(other, DROP), statistics, tmp_path / "no")
 
 
 def test_same_bytes_again_and_a_finished_heal_is_not_repeated(

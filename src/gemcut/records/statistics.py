@@ -115,6 +115,24 @@ def load_statistics_index(folder: Path) -> StatisticsIndex:
     return index
 
 
+def load_index_of(folder: Path, model_fingerprint: str) -> StatisticsIndex:
+    """As `load_statistics_index`, for statistics that must be of this very checkpoint.
+
+    Raises:
+        CheckpointError: they were observed on another one.
+    """
+    index = load_statistics_index(folder)
+    if index.meta.model_fingerprint != model_fingerprint:
+        raise CheckpointError(
+            "the statistics were observed on another checkpoint",
+            where=folder.name,
+            got=f"{index.meta.model_name}, fingerprint {index.meta.model_fingerprint[:12]}",
+            wanted=model_fingerprint[:12],
+            hint="observe this one: gemcut observe",
+        )
+    return index
+
+
 def _read_layer_file(f: Fields) -> LayerFile:
     out = LayerFile(layer=f.count("layer", 0, MAX_LAYERS), file=f.file_name("file"), sha256=f.digest("sha256"))
     f.done()

@@ -14,7 +14,7 @@ from gemcut.checkpoint.values import decode
 from gemcut.errors import CheckpointError, QualityError, UsageError
 from gemcut.families.base import Attention
 from gemcut.families.heads import HeadMode, kv_heads_after, legal_head_counts
-from gemcut.records.statistics import StatisticsIndex, load_gram, load_statistics_index
+from gemcut.records.statistics import StatisticsIndex, load_gram, load_index_of
 from gemcut.score.criterion import Checked, Choice, Param, Real, Whole, check_params, real, refuse_flat, text, whole
 from gemcut.score.head_cost import RIDGE_REL, Balance, LayerCost, Rule
 from gemcut.score.sums import rank01
@@ -258,15 +258,7 @@ def score_heads(
     """
     chosen = head_criterion_named(criterion)
     checked = check_params(criterion, chosen.params, params or {})
-    index = load_statistics_index(statistics_folder)
-    if index.meta.model_fingerprint != checkpoint.fingerprint:
-        raise CheckpointError(
-            "the statistics were observed on another model",
-            where=checkpoint.name,
-            got=f"{index.meta.model_name}, {index.meta.model_fingerprint[:12]}…",
-            wanted=f"{checkpoint.fingerprint[:12]}…",
-            hint="observe this checkpoint",
-        )
+    index = load_index_of(statistics_folder, checkpoint.fingerprint)
     shapes = _shapes(checkpoint, layers)
     units = max(one.heads for one in shapes.values())
     _check_importance(chosen, importance, (len(shapes), units))

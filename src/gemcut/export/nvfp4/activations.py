@@ -23,7 +23,7 @@ from gemcut.checkpoint import Checkpoint
 from gemcut.errors import CheckpointError, QualityError
 from gemcut.export.imatrix.starved import MAX_STARVED_SHARE, STARVED_SHARE, starved_units
 from gemcut.families.linears import LinearGroup
-from gemcut.records import StatisticsIndex, load_statistics_index
+from gemcut.records import StatisticsIndex, load_index_of
 from gemcut.records.linears import LinearSums, load_linears
 from gemcut.types import F64
 
@@ -119,16 +119,7 @@ def observed(
     Raises:
         CheckpointError: they are of another checkpoint.
     """
-    index = load_statistics_index(folder)
-    if index.meta.model_fingerprint != checkpoint.fingerprint:
-        raise CheckpointError(
-            "the statistics are of another checkpoint",
-            where=folder.name,
-            got=f"{index.meta.model_name}, fingerprint {index.meta.model_fingerprint[:12]}",
-            wanted=f"{checkpoint.fingerprint[:12]}",
-            hint="observe this one: gemcut observe",
-        )
-    return Observed(folder, index, rule, max_borrowed)
+    return Observed(folder, load_index_of(folder, checkpoint.fingerprint), rule, max_borrowed)
 
 
 def gate(found: Observed, groups: Iterable[LinearGroup]) -> Mapping[int, tuple[Key, ...]]:

@@ -1,5 +1,5 @@
 """Closed-form heal: what is left of each output projection, or the scale of each expert that stays, is refitted to what
 the dense layer gave.
 
-`stream.heal` and `stored.heal_stored` fit, `edits.heal_edits` turns a finished heal into edits (and needs no torch).
+`stream.heal` fits, `edits.heal_edits` turns a finished heal into edits (and needs no torch).
 """

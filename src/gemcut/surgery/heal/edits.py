@@ -19,7 +19,7 @@ def heal_edits(folder: Path, edits: Edits, *, layers: Collection[int] | None = N
     that stay is taken from it. So are the scales of the experts that stay.
 
     Args:
-        folder: what `stream.heal` or `stored.heal_stored` wrote.
+        folder: what `stream.heal` wrote.
         edits: what the plan means without a heal.
         layers: of the layers that lost heads, take the heal of these only, where a plan was reduced to some of them;
             None: of all. Layers that were healed whole are always taken.
