@@ -22,9 +22,18 @@ settings.load_profile("gemcut")
 
 @pytest.fixture(autouse=True)
 def _logging_as_it_was() -> Iterator[None]:
-    """A verb run inside a test talks to that test's stderr; the next test must not talk to the closed one."""
-    logger = logging.getLogger("gemcut")
-    handlers, level, propagate = logger.handlers[:], logger.level, logger.propagate
+    """A verb run inside a test talks to that test's stderr; the next test must not talk to the closed one.
+
+    What a verb set up is taken away before the test as well as after it: a fixture of wider scope that runs a verb
+    does so before this one, and what it leaves is not a state to come back to.
+    """
+    _untouched_logger()
     yield
-    logger.handlers[:], logger.propagate = handlers, propagate
-    logger.setLevel(level)
+    _untouched_logger()
+
+
+def _untouched_logger() -> None:
+    logger = logging.getLogger("gemcut")
+    logger.handlers.clear()
+    logger.propagate = True
+    logger.setLevel(logging.NOTSET)
