@@ -14,7 +14,7 @@ SOURCE = Path(__file__).parents[2] / "src" / "gemcut"
 MODULES = sorted(p for p in SOURCE.rglob("*.py"))
 
 ROOMS = {"observe", "score", "plan", "surgery", "ablate", "canary", "export", "serve", "evaluate", "report", "publish"}
-GROUND = {"errors", "types", "store", "records", "checkpoint", "families", "ggml", "gguf_file", "machine"}
+GROUND = {"errors", "types", "store", "records", "checkpoint", "families", "nvfp4", "ggml", "gguf_file", "machine"}
 ABOVE = {
     "recipe", "runs", "models", "stages", "head_stages", "pipeline", "head_pipeline", "shipped", "reporting",
     "preflight", "comparing", "exporting", "imatrices", "jobs", "mixing", "gguf_cutting",

@@ -14,9 +14,9 @@ from gemcut.cli.sizes import size
 
 if TYPE_CHECKING:
     from gemcut.checkpoint import Checkpoint
-    from gemcut.export.nvfp4.layout import Layout
     from gemcut.export.nvfp4.run import Nvfp4Report, Prepared
     from gemcut.export.nvfp4.scales import Method
+    from gemcut.nvfp4.layout import Layout
 
 _SHOWN = 5
 
@@ -187,7 +187,7 @@ def _convert(model: str, out: Path, layout: Layout, force: bool, dry_run: bool, 
 def nvfp4_folder(model: str) -> Checkpoint | None:
     """The checkpoint, where its config.json speaks of NVFP4 weights."""
     from gemcut.checkpoint import open_checkpoint
-    from gemcut.export.nvfp4.layout import is_nvfp4
+    from gemcut.nvfp4.layout import is_nvfp4
 
     if not Path(model).is_dir():
         return None

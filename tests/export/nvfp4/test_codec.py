@@ -21,8 +21,8 @@ from gemcut.export.nvfp4.codec import (
     round_into,
     to_blocks,
 )
-from gemcut.export.nvfp4.decode import E2M1, E4M3, dequantise
 from gemcut.export.nvfp4.scales import block_scales
+from gemcut.nvfp4.decode import E2M1, E4M3, dequantise
 
 GRID = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
 finite = st.floats(-(2.0**127), 2.0**127, width=32, allow_nan=False)

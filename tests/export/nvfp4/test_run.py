@@ -20,8 +20,8 @@ from safetensors.torch import load_file, save_file
 from gemcut.checkpoint import Checkpoint, open_checkpoint
 from gemcut.errors import CheckpointError, MissingError, QualityError, UsageError
 from gemcut.export.nvfp4.check import verify_nvfp4
-from gemcut.export.nvfp4.decode import dequantise
 from gemcut.export.nvfp4.run import Nvfp4Report, Settings, prepare, write_nvfp4
+from gemcut.nvfp4.decode import dequantise
 from observed import EVEN, statistics
 from tiny import add_vision, make_tiny
 

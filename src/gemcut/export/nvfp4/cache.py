@@ -16,7 +16,7 @@ from gemcut.checkpoint import Checkpoint
 from gemcut.checkpoint.made import Made
 from gemcut.checkpoint.values import decode
 from gemcut.errors import CheckpointError, UsageError
-from gemcut.export.nvfp4.layout import KvCache, Layout, cache_tensors
+from gemcut.nvfp4.layout import KvCache, Layout, cache_tensors
 
 _LARGEST = 448.0
 

@@ -21,8 +21,11 @@ from gemcut.checkpoint.folder import MANIFEST, RECORDS, SUMS, list_files, parse_
 from gemcut.checkpoint.read import INDEX, Progress
 from gemcut.checkpoint.values import decode
 from gemcut.errors import CheckpointError
-from gemcut.export.nvfp4.decode import E4M3, dequantise
-from gemcut.export.nvfp4.layout import (
+from gemcut.export.nvfp4.record import CONVERTED, RECORD
+from gemcut.export.nvfp4.served import check_served
+from gemcut.families.linears import LinearGroup, Matrix
+from gemcut.nvfp4.decode import E4M3, dequantise
+from gemcut.nvfp4.layout import (
     HEADS_KEY,
     NAMES,
     QUANTIZATION,
@@ -33,9 +36,6 @@ from gemcut.export.nvfp4.layout import (
     read_config,
     tensors_of,
 )
-from gemcut.export.nvfp4.record import CONVERTED, RECORD
-from gemcut.export.nvfp4.served import check_served
-from gemcut.families.linears import LinearGroup, Matrix
 from gemcut.store import read_json, sha256_file
 from gemcut.types import DTYPE_BYTES, F64, TensorRef
 

@@ -15,7 +15,10 @@ from gemcut.checkpoint.made import Made, new_tensor
 from gemcut.checkpoint.read import Progress
 from gemcut.errors import CheckpointError, UsageError
 from gemcut.export.nvfp4.choice import exclude_wildcards, ignore_patterns
-from gemcut.export.nvfp4.layout import (
+from gemcut.export.nvfp4.record import CONVERTED, RECORD
+from gemcut.export.nvfp4.served import check_served
+from gemcut.families.linears import LinearGroup
+from gemcut.nvfp4.layout import (
     HF_QUANT,
     NAMES,
     RECIPE,
@@ -27,9 +30,6 @@ from gemcut.export.nvfp4.layout import (
     read_config,
     recipe_text,
 )
-from gemcut.export.nvfp4.record import CONVERTED, RECORD
-from gemcut.export.nvfp4.served import check_served
-from gemcut.families.linears import LinearGroup
 from gemcut.store import read_json
 from gemcut.types import Edit, Json, Manifest, Omit, Rename, TensorRef
 

@@ -20,9 +20,9 @@ from gemcut.checkpoint.made import Made
 from gemcut.errors import CheckpointError, MissingError
 from gemcut.export.nvfp4.activations import GroupInput, Key, Observed
 from gemcut.export.nvfp4.codec import Coded, encode, global_scale, to_blocks
-from gemcut.export.nvfp4.layout import NAMES, Layout, Scheme, tensors_of
 from gemcut.export.nvfp4.scales import Method, block_scales, column_weights
 from gemcut.families.linears import LinearGroup, Matrix
+from gemcut.nvfp4.layout import NAMES, Layout, Scheme, tensors_of
 from gemcut.types import DTYPE_BYTES
 
 T = TypeVar("T")

@@ -19,7 +19,11 @@ from gemcut.export.imatrix.starved import MAX_STARVED_SHARE
 from gemcut.export.nvfp4.activations import ActivationRule, Observed, gate, observed
 from gemcut.export.nvfp4.cache import cache_scales
 from gemcut.export.nvfp4.choice import Choice, Targets, choose, exclude_wildcards
-from gemcut.export.nvfp4.layout import (
+from gemcut.export.nvfp4.quantise import Quantiser, check_device
+from gemcut.export.nvfp4.record import RECORD, Origin, record_json
+from gemcut.export.nvfp4.scales import Method
+from gemcut.export.nvfp4.served import check_served
+from gemcut.nvfp4.layout import (
     HF_QUANT,
     RECIPE,
     KvCache,
@@ -30,10 +34,6 @@ from gemcut.export.nvfp4.layout import (
     recipe_text,
     refuse_quantised,
 )
-from gemcut.export.nvfp4.quantise import Quantiser, check_device
-from gemcut.export.nvfp4.record import RECORD, Origin, record_json
-from gemcut.export.nvfp4.scales import Method
-from gemcut.export.nvfp4.served import check_served
 from gemcut.store import free_bytes, need_disk
 from gemcut.types import Edits, Json, Manifest, Omit
 
