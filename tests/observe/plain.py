@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, DynamicCache
 
 from gemcut.stream.corpus import Corpus
 from gemcut.types import EXPERT_SUMS, QUESTION_SUMS
@@ -49,15 +49,20 @@ class Layer:
 
 
 def plain_statistics(folder: Path, corpus: Corpus, layer_count: int, *, moe: bool = True) -> list[dict[str, Any]]:
-    """Per layer the tensors that `observe` writes, under the same names (experts, near, linear, gram)."""
+    """Per layer the tensors that `observe` writes, under the same names (experts, near, linear, cache, gram)."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, experts_implementation="eager")
     model.eval().requires_grad_(False)
     layers = [Layer(module, moe) for module in model.get_decoder().layers]
     assert len(layers) == layer_count
     out: list[dict[str, Any]] = [{} for _ in layers]
     for q, row in enumerate(corpus.items):
+        cache = DynamicCache()  # without a config no layer forgets what left its window
         with torch.no_grad():
-            model(input_ids=torch.tensor(row.ids)[None], use_cache=False)
+            model(input_ids=torch.tensor(row.ids)[None], past_key_values=cache)
+        for sums, kept in zip(out, cache.layers, strict=True):
+            for name, states in (("k", kept.keys), ("v", kept.values)):
+                peak = states.abs().amax((0, 2, 3)).double().numpy()
+                sums[f"cache.{name}.amax"] = np.maximum(sums.get(f"cache.{name}.amax", 0.0), peak)
         cls = corpus.classes.index(row.cls)
         for sums, layer in zip(out, layers, strict=True):
             for name, kept in layer.inputs.items():

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from gemcut.observe.batches import Batch, Layout, strided
+from gemcut.observe.cache import CachePeaks
 from gemcut.observe.columns import ColumnSums, make_scratch
 from gemcut.observe.gram import GramSum
 from gemcut.observe.near import NearSums
@@ -24,6 +25,7 @@ from gemcut.stream.faults import refuse
 ROUTER = "router"
 ROUTER_LOGITS = "router.proj"
 EXPERTS = "experts"
+ATTENTION = "self_attn"
 ATTENTION_OUT = "self_attn.o_proj"
 
 
@@ -40,6 +42,7 @@ class LayerObserver:
         self._handles: list[Any] = []
         self._columns: dict[str, ColumnSums] = {}
         self._scratch = make_scratch(device)
+        self._cache = CachePeaks()
         self._last: tuple[str, Callable[[], object]] | None = None
         parts = dict(module.named_modules())
         self._linears = {
@@ -70,6 +73,8 @@ class LayerObserver:
         for name, part in self._linears.items():
             self._handles.append(part.register_forward_pre_hook(self._linear_hook(name)))
         self._handles.append(self._linears[ATTENTION_OUT].register_forward_hook(self._gram_hook))
+        attention = self.module.get_submodule(ATTENTION)
+        self._handles.append(attention.register_forward_pre_hook(self._cache_hook, with_kwargs=True))
         if self._routed is not None:
             router = self.module.get_submodule(ROUTER)
             self._handles.append(router.register_forward_pre_hook(self._residual_hook))
@@ -89,6 +94,7 @@ class LayerObserver:
         self._batch = batch
         self._live = None if batch.live is None else batch.live.to(self.device)
         self._last = None
+        self._cache.start(self._live)
         if self._routed is not None:
             self._routed.start(batch)
             attach(self.module.get_submodule(EXPERTS), self._routed, self._live)
@@ -133,6 +139,12 @@ class LayerObserver:
             at = torch.from_numpy(rows).to(self.device)
             x, y = args[0], output
             self._gram.add(x.reshape(-1, x.shape[-1])[at], y.reshape(-1, y.shape[-1])[at], self._batch.split)
+
+    def _cache_hook(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        del module
+        return args, {**kwargs, "past_key_values": self._cache}
 
     def _residual_hook(self, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         del module
@@ -179,7 +191,7 @@ class LayerObserver:
             out |= self._routed.tensors() | self._near.tensors()
         for name, sums in self._columns.items():
             out |= sums.tensors(name)
-        return out | self._gram.tensors(ATTENTION_OUT)
+        return out | self._cache.tensors() | self._gram.tensors(ATTENTION_OUT)
 
     @property
     def counts(self) -> NDArray[np.float64] | None:

@@ -10,6 +10,7 @@ layer-NNN.safetensors   written as layer NNN finishes; C classes, Q questions, E
     near.<sum>                                see `observe.near`
     linear.<module>.<sum>      F64            see `observe.columns`; n [S], a1, a2, a4 [S, F], amax [F] (F32); of the
                                               fused experts n [S, E], a1, a2, a4 [S, E, F], amax [E, F]
+    cache.{k,v}.amax           F32 [KV heads]   see `observe.cache`
     gram.<module>.<sum>        F64            see `observe.gram`; g [S or 1, d, d], x [S or 1, d], w and n [S or 1]
 """
 

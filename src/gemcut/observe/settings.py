@@ -8,7 +8,7 @@ from gemcut.errors import UsageError
 from gemcut.types import Json
 
 # Raised by hand whenever the numbers that a pass writes change: an older folder is then not taken for a finished one.
-OBSERVE_VERSION = 2
+OBSERVE_VERSION = 3
 SPLITS = 2  # halves of the corpus, by the parity of the question's index
 GRAM_FLOOR = 16384  # tokens in a Gram matrix, where 4 × its width is less
 GRAM_RANK = 4  # tokens per column: fewer leave the matrix rank-deficient or noisy

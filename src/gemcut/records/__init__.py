@@ -1,5 +1,6 @@
 """The flow types on disk. Every reader checks the schema version first and trusts nothing in the file."""
 
+from gemcut.records.gram import Gram, load_gram
 from gemcut.records.importance import IMPORTANCE_SCHEMA, load_importance, save_importance
 from gemcut.records.plans import BY_HAND, PLAN_SCHEMA, load_plan, plan_text, save_plan
 from gemcut.records.results import (
@@ -16,10 +17,8 @@ from gemcut.records.scores import SCORES_SCHEMA, load_scores, save_scores
 from gemcut.records.statistics import (
     STATISTICS_FILE,
     STATISTICS_SCHEMA,
-    Gram,
     LayerFile,
     StatisticsIndex,
-    load_gram,
     load_index_of,
     load_statistics,
     load_statistics_index,

@@ -9,11 +9,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from gemcut.errors import CheckpointError, UsageError
-from gemcut.records.statistics import LayerFile, StatisticsIndex
-from gemcut.store import sha256_file
+from gemcut.records.statistics import StatisticsIndex, open_layer
 from gemcut.types import F32, F64
 
 _PREFIX = "linear."
@@ -57,42 +55,20 @@ def load_linears(
         UsageError: the observation has no such layer, or was made before these sums were kept.
         CheckpointError: the file is missing, truncated or changed; sums of another form, or that cannot be sums.
     """
-    one = next((one for one in index.layers if one.layer == layer), None)
-    if one is None:
-        raise UsageError("the observation has no such layer", got=layer, wanted=f"{len(index.layers)} layers")
-    path, where = folder / one.file, f"layer {layer}, {one.file}"
-    if check_hash:
-        _check_hash(path, one, where)
-    try:
-        with safe_open(path, framework="numpy") as f:
-            names = set(f.keys())
-            modules = sorted(name[len(_PREFIX) : -3] for name in names if _is_linear(name))
-            if not modules:
-                raise UsageError(
-                    "the statistics hold no sums of linear layers", where=where, hint="observe again: gemcut observe"
-                )
-            out = {module: _read(f, names, module, where) for module in modules}
-            aliases = _aliases((f.metadata() or {}).get("aliases", "{}"), out, where)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"cannot read a layer's statistics: {error}", where=where) from None
+    with open_layer(folder, index, layer, check_hash=check_hash) as (f, where):
+        names = set(f.keys())
+        modules = sorted(name[len(_PREFIX) : -3] for name in names if _is_linear(name))
+        if not modules:
+            raise UsageError(
+                "the statistics hold no sums of linear layers", where=where, hint="observe again: gemcut observe"
+            )
+        out = {module: _read(f, names, module, where) for module in modules}
+        aliases = _aliases((f.metadata() or {}).get("aliases", "{}"), out, where)
     return out | {name: out[target] for name, target in aliases.items()}
 
 
 def _is_linear(name: str) -> bool:
     return name.startswith(_PREFIX) and name.endswith(".a2")
-
-
-def _check_hash(path: Path, one: LayerFile, where: str) -> None:
-    if not path.is_file():
-        raise CheckpointError("a layer's statistics are missing", where=where, hint="run observe again")
-    if (found := sha256_file(path)) != one.sha256:
-        raise CheckpointError(
-            "a layer's statistics are not what was recorded",
-            where=where,
-            got=f"sha256 {found[:12]}…",
-            wanted=f"{one.sha256[:12]}…",
-            hint="the file was truncated, renamed, or comes from another run: observe again",
-        )
 
 
 def _read(f: Any, names: set[str], module: str, where: str) -> LinearSums:

@@ -4,13 +4,14 @@ statistics.json   {"schema": 1, "fingerprint": hex, "meta": {…}, "layers": [{"
 layer-000.safetensors
     experts.by_class.<sum>     F64 [C, E]
     experts.by_question.<sum>  F32 [Q, E]
-    gram.<module>.{g, x, w, n}  F64            one layer at a time, when asked for
-    near.*  linear.*           not read here: they can be larger than the expert sums by a thousand times
+    gram.* linear.* cache.*    of one layer at a time, when asked for: `records.gram`, `.linears`, `.cache`
+    near.*                     not read here: with those, a thousand times larger than the expert sums
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias, cast
@@ -36,7 +37,6 @@ from gemcut.types import (
 
 STATISTICS_SCHEMA = 1
 STATISTICS_FILE = "statistics.json"
-ATTENTION_OUT = "self_attn.o_proj"  # the linear whose inputs' Gram matrix an observation keeps
 MAX_LAYERS = 1 << 12
 MAX_EXPERTS = 1 << 16
 # Norms and counts cannot be negative; weighted sums may be, where a router's scale is.
@@ -51,20 +51,6 @@ class LayerFile:
     layer: int
     file: str
     sha256: str
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Gram:
-    """Sums over the tokens that went into one linear's Gram matrix; x_t its inputs, w_t = 1 / (mean(y_t²) + eps).
-
-    g = Σ w_t x_t x_tᵀ [d, d]   x = Σ w_t x_t [d]   w = Σ w_t   n = Σ 1, float64. `splits`: parts that are on disk.
-    """
-
-    g: F64
-    x: F64
-    w: float
-    n: int
-    splits: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +117,44 @@ def load_index_of(folder: Path, model_fingerprint: str) -> StatisticsIndex:
             hint="observe this one: gemcut observe",
         )
     return index
+
+
+@contextlib.contextmanager
+def open_layer(
+    folder: Path, index: StatisticsIndex, layer: int, *, check_hash: bool = False
+) -> Iterator[tuple[Any, str]]:
+    """One layer's file, open, and what to call it in an error.
+
+    Args:
+        check_hash: compare the file with its recorded sha256, which reads all of it, Gram matrices too.
+    Raises:
+        UsageError: the observation has no such layer.
+        CheckpointError: the file is missing, truncated or changed; whatever goes wrong while it is read.
+    """
+    one = next((one for one in index.layers if one.layer == layer), None)
+    if one is None:
+        raise UsageError("the observation has no such layer", got=layer, wanted=f"{len(index.layers)} layers")
+    path, where = folder / one.file, f"layer {layer}, {one.file}"
+    if check_hash:
+        _check_hash(path, one, where)
+    try:
+        with safe_open(path, framework="numpy") as f:
+            yield f, where
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"cannot read a layer's statistics: {error}", where=where) from None
+
+
+def _check_hash(path: Path, one: LayerFile, where: str) -> None:
+    if not path.is_file():
+        raise CheckpointError("a layer's statistics are missing", where=where, hint="run observe again")
+    if (found := sha256_file(path)) != one.sha256:
+        raise CheckpointError(
+            "a layer's statistics are not what was recorded",
+            where=where,
+            got=f"sha256 {found[:12]}…",
+            wanted=f"{one.sha256[:12]}…",
+            hint="the file was truncated, renamed, or comes from another run: observe again",
+        )
 
 
 def _read_layer_file(f: Fields) -> LayerFile:
@@ -260,14 +284,8 @@ def _read_layer(
     c, q, e = sizes
     path = folder / one.file
     where = f"layer {one.layer}, {one.file}"
-    if check_hashes and (found := sha256_file(path)) != one.sha256:
-        raise CheckpointError(
-            "a layer's statistics are not what was recorded",
-            where=where,
-            got=f"sha256 {found[:12]}…",
-            wanted=f"{one.sha256[:12]}…",
-            hint="the file was truncated, renamed, or comes from another run: observe again",
-        )
+    if check_hashes:
+        _check_hash(path, one, where)
     wanted: dict[str, tuple[str, list[int]]] = {
         f"experts.by_class.{name}": ("F64", [c, e]) for name in (*EXPERT_SUMS, *EXPERT_MAXIMA)
     }
@@ -306,74 +324,3 @@ def _check_values(values: _Array, name: str, where: str) -> _Array:
             hint="observe again: a non-finite statistic must never be ranked",
         )
     return values
-
-
-def load_gram(
-    folder: Path,
-    index: StatisticsIndex,
-    layer: int,
-    module: str = ATTENTION_OUT,
-    *,
-    split: int | None = None,
-    check_hash: bool = False,
-) -> Gram:
-    """One layer's Gram matrix and its sums, nothing else of the folder.
-
-    Args:
-        split: one part of the corpus (halves by the parity of the question's index); None adds up all parts. A wide
-            layer has a single part, see `Gram.splits`.
-        check_hash: compare the layer's file with its recorded sha256, which reads all of it.
-
-    Raises:
-        UsageError: the observation has no such layer, no Gram matrix of this module, or no such part.
-        CheckpointError: the file is missing or changed, or the sums have another form or are not finite.
-    """
-    one = next((one for one in index.layers if one.layer == layer), None)
-    if one is None:
-        raise UsageError("the observation has no such layer", got=layer, wanted=f"{len(index.layers)} layers")
-    path, where = folder / one.file, f"layer {layer}, {one.file}"
-    if check_hash and (found := sha256_file(path)) != one.sha256:
-        raise CheckpointError(
-            "a layer's statistics are not what was recorded", where=where, got=found[:12], wanted=one.sha256[:12]
-        )
-    prefix = f"gram.{module}"
-    try:
-        with safe_open(path, framework="numpy") as f:
-            if f"{prefix}.g" not in set(f.keys()):
-                raise UsageError(
-                    f"the statistics hold no Gram matrix of {module}",
-                    where=where,
-                    hint="observe again with this version: gemcut observe",
-                )
-            parts = _gram_parts(f, prefix, split, where)
-            stored = f.get_slice(f"{prefix}.g")
-            g: F64 = stored[parts[0] : parts[0] + 1][0]  # no copy: a wide layer has one part of gigabytes
-            for part in parts[1:]:
-                g = g + stored[part : part + 1][0]
-            x, w, n = (f.get_tensor(f"{prefix}.{key}")[list(parts)].sum(axis=0) for key in ("x", "w", "n"))
-            splits = int(stored.get_shape()[0])
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"cannot read a layer's statistics: {error}", where=where) from None
-    # a sum is not finite as soon as one entry is not; a mask as large as the matrix is not needed
-    if not (np.isfinite(g.sum()) and np.isfinite(x).all() and np.isfinite(w) and n >= 0) or (g.diagonal() < 0).any():
-        raise CheckpointError("the Gram matrix holds impossible values", where=where, hint="observe again")
-    return Gram(g=g, x=x, w=float(w), n=int(n), splits=splits)
-
-
-def _gram_parts(f: Any, prefix: str, split: int | None, where: str) -> tuple[int, ...]:
-    """Check the forms of g [S, d, d], x [S, d], w [S] and n [S]; the parts to add up."""
-    forms = {}
-    names = set(f.keys())
-    for key in ("g", "x", "w", "n"):
-        name = f"{prefix}.{key}"
-        if name not in names:
-            raise CheckpointError(f"{name} is missing", where=where, hint="observe again")
-        forms[key] = (str(f.get_slice(name).get_dtype()), list(f.get_slice(name).get_shape()))
-    shape = forms["g"][1]
-    s, d = (shape[0], shape[1]) if len(shape) == 3 else (0, 0)
-    wanted = {"g": ("F64", [s, d, d]), "x": ("F64", [s, d]), "w": ("F64", [s]), "n": ("F64", [s])}
-    if s < 1 or forms != wanted:
-        raise CheckpointError(f"{prefix} has another form", where=where, got=forms, wanted=wanted)
-    if split is not None and not 0 <= split < s:
-        raise UsageError("the Gram matrix has no such part", where=where, got=split, wanted=f"0 to {s - 1}")
-    return tuple(range(s)) if split is None else (split,)

@@ -14,7 +14,8 @@ from gemcut.checkpoint.values import decode
 from gemcut.errors import CheckpointError, QualityError, UsageError
 from gemcut.families.base import Attention
 from gemcut.families.heads import HeadMode, kv_heads_after, legal_head_counts
-from gemcut.records.statistics import StatisticsIndex, load_gram, load_index_of
+from gemcut.records.gram import load_gram
+from gemcut.records.statistics import StatisticsIndex, load_index_of
 from gemcut.score.criterion import Checked, Choice, Param, Real, Whole, check_params, real, refuse_flat, text, whole
 from gemcut.score.head_cost import RIDGE_REL, Balance, LayerCost, Rule
 from gemcut.score.sums import rank01
