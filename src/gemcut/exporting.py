@@ -19,7 +19,7 @@ from gemcut.export.imatrix import Imatrix
 from gemcut.export.layout import layout_of, vision_layout_of
 from gemcut.export.metadata import file_metadata
 from gemcut.export.mix import contribution, overrides, padding, sizes, stock
-from gemcut.export.output import bytes_to_write, refuse_taken
+from gemcut.export.output import bytes_to_write, refuse_others
 from gemcut.export.provenance import provenance
 from gemcut.export.run import SPARE_BYTES, ExportReport, export_gguf
 from gemcut.export.source import PIECE_ELEMENTS
@@ -268,7 +268,7 @@ def estimate(exports: Sequence[Export], out: Path, threads: int, *, force: bool 
     """
     files = costs_of(exports)
     for plan in () if force else (plan for export in exports for plan in export.planned):
-        refuse_taken(plan, out)
+        refuse_others(plan, out)
     write = sum(bytes_to_write(plan, out, force=force) for export in exports for plan in export.planned)
     headers = sum(part.data_start for export in exports for plan in export.planned for part in plan.parts)
     memory = _BASE_MEMORY_BYTES + _HEADER_COPIES * headers // max(len(files), 1) + headers

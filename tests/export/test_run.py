@@ -175,6 +175,31 @@ def test_a_finished_file_is_left_alone_and_another_is_not_overwritten(
     assert read_gguf(tmp_path / "m.gguf").size_bytes == other[0].size_bytes
 
 
+@pytest.mark.parametrize("split", [None, 1 << 20])
+def test_a_damaged_file_is_not_taken_for_finished(
+    tmp_path: Path, moe: Checkpoint, layout: GgufLayout, caplog: pytest.LogCaptureFixture, split: int | None
+) -> None:
+    plans = planned(moe, layout, {"m": GgmlType.Q8_0, "n": GgmlType.Q4_K}, max_shard_bytes=split)
+    export(moe, layout, plans, tmp_path)
+    wanted = contents(tmp_path)
+    refs = open_gguf(tmp_path / plans[0].parts[0].name).tensors.values()
+    ref = [one for one in refs if one.kind is not plans[1].target.types[one.name]][-1]  # n has no copy of it
+    with open(tmp_path / ref.part, "r+b") as f:
+        f.seek(ref.start + ref.size_bytes - 1)
+        last = f.read(1)[0]
+        f.seek(-1, os.SEEK_CUR)
+        f.write(bytes((last ^ 1,)))
+    labels = set()
+    tensors = len(layout.tensors)
+    with caplog.at_level("WARNING", "gemcut"):
+        report = export(moe, layout, plans, tmp_path, progress=lambda done, total, label: labels.add(label))
+    assert counts(report) == {"m.gguf": (1, tensors - 1, 0, False), "n.gguf": (0, 0, 0, True)}
+    assert labels == {"check", "quantise"}
+    assert f"m.gguf is damaged in {ref.name}: it is written again" in caplog.text
+    assert contents(tmp_path) == wanted
+    assert export(moe, layout, plans, tmp_path).files[0].found
+
+
 def test_unchanged_tensors_are_copied_from_an_earlier_export(
     tmp_path: Path, moe: Checkpoint, layout: GgufLayout
 ) -> None:

@@ -5,17 +5,21 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from blake3 import blake3
 
 from gemcut.errors import GemcutError
 from gemcut.export.record import JOURNAL, Fact, Journal, Record, journalled, load_record, record_path
-from gemcut.export.source import Piece
+from gemcut.export.source import Piece, pieces_of
 from gemcut.export.targets import Planned
+from gemcut.ggml.types import tensor_bytes
 from gemcut.gguf_file import GgufFile, GgufWriter, gguf_writer, open_gguf
 from gemcut.store import PARTIAL, refuse_existing, write_json
+
+Progress = Callable[[int, int, str], None]
 
 log = logging.getLogger(__name__)
 
@@ -93,42 +97,70 @@ def _remember(planned: Planned, folder: Path, parent: str, quantiser: str, facts
     write_json(record_path(folder, planned.target.name), record.to_json())
 
 
-def finished(planned: Planned, folder: Path, parent: str, quantiser: str) -> bool:
-    """Whether this very file is there already; a record that a kill has prevented is written now."""
+def finished(
+    planned: Sequence[Planned],
+    folder: Path,
+    parent: str,
+    quantiser: str,
+    *,
+    threads: int = 1,
+    progress: Progress | None = None,
+) -> list[Planned]:
+    """Those that are there already, every tensor of them held against its hash; a record that a kill has prevented is
+    written now. A damaged file is none of them."""
+    there = [(one, facts) for one in planned if (facts := _facts_there(one, folder)) is not None]
+    total, done, whole = sum(one.payload_bytes for one, _ in there), 0, []
+    with ThreadPoolExecutor(threads) as pool:
+        for one, facts in there:
+            damaged = []
+            file = open_gguf(folder / one.parts[0].name)
+            for name, ref in file.tensors.items():
+                if _payload(file, name, pool) != facts[name].payload:
+                    damaged.append(name)
+                done += ref.size_bytes
+                if progress is not None:
+                    progress(done, total, "check")
+            if damaged:
+                more = f" and {len(damaged) - 1} more" if len(damaged) > 1 else ""
+                log.warning("%s is damaged in %s%s: it is written again", one.target.name, damaged[0], more)
+                continue
+            whole.append(one)
+            if _recorded(one, folder) is None:
+                _remember(one, folder, parent, quantiser, facts.values())
+                (folder / (one.target.name + JOURNAL)).unlink(missing_ok=True)
+    return whole
+
+
+def _facts_there(planned: Planned, folder: Path) -> Mapping[str, Fact] | None:
+    """What record or journal say of a target whose header is in place; None where it is not, or they say too little."""
     if any(not _same_header(folder / part.name, part.header, part.size_bytes) for part in planned.parts):
-        return False
-    if _recorded(planned, folder):
-        return True
-    journal = folder / (planned.target.name + JOURNAL)
-    facts = journalled(journal, planned.settings)
+        return None
+    facts = _facts(planned, folder)
     partial = any((folder / (part.name + PARTIAL)).exists() for part in planned.parts)
-    if partial or facts.keys() != planned.importance.keys():
-        return False
-    _remember(planned, folder, parent, quantiser, facts.values())
-    journal.unlink(missing_ok=True)
-    return True
+    return None if partial or facts.keys() != planned.importance.keys() else facts
 
 
-def _recorded(planned: Planned, folder: Path) -> bool:
+def _facts(planned: Planned, folder: Path) -> Mapping[str, Fact]:
+    """Of the record of these very settings, else of such a journal."""
+    recorded = _recorded(planned, folder)
+    return journalled(folder / (planned.target.name + JOURNAL), planned.settings) if recorded is None else recorded
+
+
+def _recorded(planned: Planned, folder: Path) -> Mapping[str, Fact] | None:
     try:
-        return load_record(record_path(folder, planned.target.name)).settings == planned.settings
+        record = load_record(record_path(folder, planned.target.name))
     except GemcutError:
-        return False
-
-
-def refuse_taken(planned: Planned, folder: Path) -> None:
-    """What the export would refuse, before it begins: as `refuse_others` where this very file is not there already."""
-    there = all(_same_header(folder / part.name, part.header, part.size_bytes) for part in planned.parts)
-    if not (there and _recorded(planned, folder)):
-        refuse_others(planned, folder)
+        return None
+    return {fact.name: fact for fact in record.facts} if record.settings == planned.settings else None
 
 
 def refuse_others(planned: Planned, folder: Path) -> None:
-    """UsageError where another file has the name of a part; parts that a killed run of this very target had finished,
-    while others of its parts were not, are written again."""
-    again = journalled(folder / (planned.target.name + JOURNAL), planned.settings).keys() == planned.importance.keys()
+    """UsageError where another file has the name of a part; parts of this very target are written again, where a kill
+    has left them without others of its parts, or damage has befallen them."""
+    mine = [part for part in planned.parts if _same_header(folder / part.name, part.header, part.size_bytes)]
+    again = mine if mine and _facts(planned, folder).keys() == planned.importance.keys() else []
     for part in planned.parts:
-        if not (again and _same_header(folder / part.name, part.header, part.size_bytes)):
+        if part not in again:
             refuse_existing(folder / part.name, force=False)
 
 
@@ -153,6 +185,20 @@ def payload_hash(digests: Sequence[bytes]) -> str:
     return blake3(b"".join(digests)).hexdigest()
 
 
+def _payload(file: GgufFile, name: str, pool: ThreadPoolExecutor) -> str:
+    """`payload_hash` of a tensor as it lies in a file; "" where the disk does not give it."""
+    ref = file.tensors[name]
+    row_bytes = tensor_bytes(ref.kind, ref.shape[-1:])
+
+    def digest(piece: Piece) -> bytes:
+        return blake3(file.read_range(name, piece.first * row_bytes, piece.stop * row_bytes).data).digest()
+
+    try:
+        return payload_hash(list(pool.map(digest, pieces_of(ref.shape))))
+    except OSError:
+        return ""
+
+
 class Earlier:
     """Tensors of finished exports in a folder, found by type, source, importances and quantiser."""
 
@@ -170,7 +216,7 @@ class Earlier:
         return (name, kind, importance) in self._found
 
     def payload(
-        self, name: str, kind: str, importance: str, source: str, pieces: Sequence[Piece], row_bytes: int
+        self, name: str, kind: str, importance: str, source: str, size_bytes: int, pool: ThreadPoolExecutor
     ) -> tuple[GgufFile, str] | None:
         """A file that holds this tensor, its bytes held against their hash; None where none does."""
         for record, fact in self._found.get((name, kind, importance), ()):
@@ -179,13 +225,9 @@ class Earlier:
             file = self._open(record)
             if file is None or name not in file.tensors or file.tensors[name].kind.name != kind:
                 continue
-            if file.tensors[name].size_bytes != pieces[-1].stop * row_bytes:
+            if file.tensors[name].size_bytes != size_bytes:
                 continue
-            digests = [
-                blake3(file.read_range(name, piece.first * row_bytes, piece.stop * row_bytes).data).digest()
-                for piece in pieces
-            ]
-            if payload_hash(digests) == fact.payload:
+            if _payload(file, name, pool) == fact.payload:
                 return file, fact.payload
             log.warning("%s in %s is not what its record says: it is quantised anew", name, record.file)
         return None

@@ -115,9 +115,9 @@ def export_gguf(
 ) -> ExportReport:
     """Write all planned files into the folder `out`.
 
-    A file that is there already, with the same settings, is left alone. Tensors that a broken-off run has finished
-    stay, and tensors that an earlier export in `out` holds with the same source, type, importances and quantiser are
-    copied; both are held against their hashes first.
+    A file that is there already, with the same settings, is left alone; tensors that a broken-off run has finished
+    stay; and tensors that an earlier export in `out` holds with the same source, type, importances and quantiser are
+    copied. Each of them is held against its hash first, and what is damaged is written again.
 
     Args:
         planned: of this checkpoint and layout, made by `plan_target` with `library.identity`.
@@ -156,11 +156,12 @@ def _export(
 ) -> tuple[dict[str, FileReport], _Run]:
     force = settings.force
     parent, quantiser = checkpoint.fingerprint, library.identity
-    there = [one for one in planned if not force and finished(one, out, parent, quantiser)]
+    asked = () if force else planned
+    there = finished(asked, out, parent, quantiser, threads=settings.threads, progress=settings.progress)
     todo = [one for one in planned if one not in there]
     for one in () if force else todo:
         refuse_others(one, out)
-    need_disk(out, sum(bytes_to_write(one, out, force=force) for one in todo) + SPARE_BYTES)
+    need_disk(out, sum(bytes_to_write(one, out, force=True) for one in todo) + SPARE_BYTES)
     sources = _sources(checkpoint, layout)
     run = _Run(library, settings.threads, settings.progress, sum(source.size_bytes for source in sources))
     reports = {one.target.name: _report(one, found=True) for one in there}
@@ -244,7 +245,7 @@ class _Run:
         left = list(groups.values())
         if known and pieces:
             digest = source_hash(list(pool.map(source.hash, pieces)))
-            left = [group for group in left if not _take(group, name, digest, pieces, earlier)]
+            left = [group for group in left if not _take(group, name, digest, pieces, earlier, pool)]
         if not left:
             self._advance(source, Piece(0, source.rows))
             return None
@@ -326,12 +327,15 @@ def _runs(source: Source, piece: Piece, *, apart: bool) -> Iterator[tuple[int, i
         at = stop
 
 
-def _take(group: _Group, name: str, source: str, pieces: Sequence[Piece], earlier: Earlier) -> bool:
+def _take(
+    group: _Group, name: str, source: str, pieces: Sequence[Piece], earlier: Earlier, pool: ThreadPoolExecutor
+) -> bool:
     """Serve a group from the broken-off run or an earlier export; False where outputs are left to be quantised."""
     group.outputs = [one for one in group.outputs if not one.resume(name, source, pieces, group.row_bytes)]
     if not group.outputs:
         return True
-    found = earlier.payload(name, group.kind.name, group.importance, source, pieces, group.row_bytes)
+    size_bytes = pieces[-1].stop * group.row_bytes
+    found = earlier.payload(name, group.kind.name, group.importance, source, size_bytes, pool)
     if found is None:
         return False
     file, payload = found

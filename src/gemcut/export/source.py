@@ -128,9 +128,7 @@ class Source:
 
     def pieces(self) -> Iterator[Piece]:
         """Runs of whole rows that cover the tensor."""
-        step = max(1, PIECE_ELEMENTS // max(self.columns, 1))
-        for first in range(0, self.rows, step):
-            yield Piece(first, min(first + step, self.rows))
+        return pieces_of(self.tensor.shape)
 
     def load(self, piece: Piece) -> Loaded:
         """Read one piece; from any thread.
@@ -214,6 +212,13 @@ class Source:
                 got=float(values[row, column]),
                 hint="the checkpoint is damaged, or was trained into the ground",
             )
+
+
+def pieces_of(shape: tuple[int, ...]) -> Iterator[Piece]:
+    """Runs of whole rows that cover a tensor of this shape, rows first."""
+    rows, step = prod(shape[:-1]), max(1, PIECE_ELEMENTS // max(prod(shape[-1:]), 1))
+    for first in range(0, rows, step):
+        yield Piece(first, min(first + step, rows))
 
 
 def _stored_rows(piece: Piece, grown: Grown) -> Iterator[tuple[Piece, int]]:
