@@ -22,7 +22,10 @@ def groups_of(model: Checkpoint) -> tuple[LinearGroup, ...]:
 
 
 def statistics(folder: Path, model: Checkpoint, tokens: np.ndarray, *, fingerprint: str = "") -> Path:
-    """Sums that an observation could have made: `tokens` [E] of every expert; column f has E[a²] = (f + 1)²."""
+    """Sums that an observation could have made: `tokens` [E] of every expert; column f has E[a²] = (f + 1)².
+
+    The largest key and value of layer i are 0.5 + i/4.
+    """
     folder.mkdir()
     files = []
     for layer in range(6):
@@ -44,6 +47,7 @@ def statistics(folder: Path, model: Checkpoint, tokens: np.ndarray, *, fingerpri
                 if not grouped:
                     inside = other.module.rpartition(f"layers.{layer}.")[2]
                     aliases[inside] = group.input
+        tensors |= {f"cache.{name}.amax": np.array([0.25, 0.5 + layer / 4], np.float32) for name in "kv"}
         path = folder / f"layer-{layer:03d}.safetensors"
         save_file(tensors, path, metadata={"aliases": json.dumps(aliases)})
         files.append(LayerFile(layer, path.name, sha256_file(path)))

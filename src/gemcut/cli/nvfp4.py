@@ -60,10 +60,10 @@ _SHOWN = 5
 )
 @click.option(
     "--kv",
-    type=click.Choice(["none", "one", "bound"]),
+    type=click.Choice(["none", "one", "bound", "calibrated"]),
     default="none",
     show_default=True,
-    help="Scales of an FP8 cache: 1, or what nothing overflows.",
+    help="Scales of an FP8 cache: 1, what nothing overflows, or what was seen (--stats).",
 )
 @click.option(
     "--layout",

@@ -27,7 +27,7 @@ Scheme: TypeAlias = Literal["NVFP4", "NVFP4A16"]
 SCHEMES: tuple[Scheme, ...] = get_args(Scheme)
 Layout: TypeAlias = Literal["compressed-tensors", "modelopt"]
 LAYOUTS: tuple[Layout, ...] = get_args(Layout)
-KvCache: TypeAlias = Literal["none", "one", "bound"]
+KvCache: TypeAlias = Literal["none", "one", "bound", "calibrated"]
 KV_CACHES: tuple[KvCache, ...] = get_args(KvCache)
 QUANTIZATION = "quantization_config"  # in config.json
 # With an FP8 cache compressed-tensors asks the decoder's config for one number of KV heads, which transformers ≥ 5.15

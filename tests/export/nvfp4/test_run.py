@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from gemcut.checkpoint import Checkpoint, open_checkpoint
@@ -149,6 +150,35 @@ def test_fp8_cache(moe: Checkpoint, tmp_path: Path) -> None:
     said = json.loads((tmp_path / "one" / "config.json").read_text())["quantization_config"]
     assert said["kv_cache_scheme"]["num_bits"] == 8
     verify_nvfp4(open_checkpoint(tmp_path / "bound", any_architecture=True), moe)
+
+
+def test_a_cache_as_it_was_seen(moe: Checkpoint, tmp_path: Path) -> None:
+    stats = statistics(tmp_path / "stats", moe, EVEN)
+    settings = Settings("NVFP4A16", scales="sweep", kv="calibrated")
+    with pytest.raises(UsageError, match="wants statistics"):
+        prepare(moe, settings)
+    write_nvfp4(prepare(moe, settings, stats), tmp_path / "out")
+    out = tensors_in(tmp_path / "out")
+    for layer in range(6):
+        for name in ("k_scale", "v_scale"):
+            scale = float(out[f"model.language_model.layers.{layer}.self_attn.{name}"])
+            assert 0.5 + layer / 4 <= scale * 448 <= 1.01 * (0.5 + layer / 4)
+    verify_nvfp4(open_checkpoint(tmp_path / "out", any_architecture=True), moe)
+    record = json.loads((tmp_path / "out" / "nvfp4.json").read_text())
+    assert record["kv"] == "calibrated"
+    assert record["statistics"]
+
+
+@pytest.mark.parametrize("size", [0.0, 1e6])
+def test_keys_that_their_norm_does_not_allow(moe: Checkpoint, tmp_path: Path, size: float) -> None:
+    stats = statistics(tmp_path / "stats", moe, EVEN)
+    path = stats / "layer-002.safetensors"
+    with safe_open(path, framework="pt") as f:
+        tensors, said = {name: f.get_tensor(name) for name in f.keys()}, f.metadata()  # noqa: SIM118 - not a dict
+    tensors["cache.k.amax"][:] = size
+    save_file(tensors, path, metadata=said)
+    with pytest.raises(QualityError, match="layer 2"):
+        prepare(moe, Settings("NVFP4A16", scales="sweep", kv="calibrated"), stats)
 
 
 def test_zero_weights_and_zero_experts(tmp_path: Path) -> None:

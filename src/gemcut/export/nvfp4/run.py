@@ -34,6 +34,7 @@ from gemcut.nvfp4.layout import (
     recipe_text,
     refuse_quantised,
 )
+from gemcut.records import StatisticsIndex, load_index_of
 from gemcut.store import free_bytes, need_disk
 from gemcut.types import Edits, Json, Manifest, Omit
 
@@ -80,7 +81,7 @@ class Prepared:
     checkpoint: Checkpoint
     settings: Settings
     choice: Choice
-    statistics: Observed | None
+    statistics: StatisticsIndex | None  # None where nothing was taken from them
     borrowed: tuple[str, ...]
     quantiser: Quantiser
     edits: Edits
@@ -122,7 +123,8 @@ def prepare(checkpoint: Checkpoint, settings: Settings, statistics: Path | None 
     _ = checkpoint.sites  # every shape that the family relies on
     check_device(settings.device)
     method: Method = settings.scales or ("sweep" if statistics is None else "weighted")
-    if statistics is None and (settings.scheme == "NVFP4" or method == "weighted"):
+    of_inputs = settings.scheme == "NVFP4" or method == "weighted"
+    if statistics is None and of_inputs:
         what = (
             "NVFP4 has a scale for the inputs of every linear" if method != "weighted" else "scales are to be weighted"
         )
@@ -135,7 +137,10 @@ def prepare(checkpoint: Checkpoint, settings: Settings, statistics: Path | None 
     linears = checkpoint.family.linears()
     found: Observed | None = None
     borrowed: tuple[str, ...] = ()
-    if statistics is not None and (settings.scheme == "NVFP4" or method == "weighted"):
+    index: StatisticsIndex | None = None
+    if statistics is not None and (of_inputs or settings.kv == "calibrated"):
+        index = load_index_of(statistics, checkpoint.fingerprint)
+    if statistics is not None and of_inputs:
         found = observed(statistics, checkpoint, settings.activations, max_borrowed=settings.max_borrowed)
         borrowers = gate(found, choice.chosen)
         borrowed = tuple(
@@ -154,11 +159,11 @@ def prepare(checkpoint: Checkpoint, settings: Settings, statistics: Path | None 
     )
     made = {name: quantiser.made(name, groups) for name, groups in choice.tensors.items()}
     edits = {name: Omit() for name in made}
-    made |= cache_scales(checkpoint, settings.kv, settings.layout) if settings.kv != "none" else {}
+    made |= cache_scales(checkpoint, settings.kv, settings.layout, statistics)
     config = config_with(checkpoint.config, settings.scheme, settings.layout, ignore, kv=settings.kv != "none")
     size = sum(shard.header.size_bytes for shard in lay_out_shards(checkpoint, edits, made))
     return Prepared(
-        checkpoint, settings, choice, found, borrowed, quantiser, edits, made, config, ignore,
+        checkpoint, settings, choice, index, borrowed, quantiser, edits, made, config, ignore,
         _parts(choice, checkpoint, made), sum(h.size_bytes for h in checkpoint.shards.values()), size,
     )  # fmt: skip
 
@@ -242,7 +247,7 @@ def other_linears(checkpoint: Checkpoint, choice: Choice) -> list[str]:
 def _files(prepared: Prepared) -> dict[str, bytes]:
     """What lies beside the weights; called when every module is done."""
     settings, quantiser = prepared.settings, prepared.quantiser
-    index = None if prepared.statistics is None else prepared.statistics.index
+    index = prepared.statistics
     origin = Origin(
         parent=prepared.checkpoint.fingerprint,
         scheme=settings.scheme,
