@@ -1,6 +1,6 @@
 """Cut 128 → 98 experts of a synthetic 26B-A4B, against `cp` of as many bytes on the same disk.
 
-    python bench/bench_cut.py --folder scratch --layers 5 --repeats 3 --json result.json
+    python bench/bench_cut.py --folder scratch --layers 5 --repeats 3 [--json]
 
 Both sides are timed to durability: `cp` followed by fsync of every file, the cut with its own fsyncs, its hashes of
 every tensor before and after, SHA256SUMS and manifest. Runs alternate; each repetition is done once with the source
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import os
 import platform
 import random
@@ -24,6 +23,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -31,6 +31,7 @@ import synthetic
 from gemcut.checkpoint import open_checkpoint
 from gemcut.records import save_plan
 from gemcut.types import LayerPlan, Plan
+from rows import Row, row, show
 
 _CUT = """
 import sys
@@ -112,7 +113,7 @@ def digest(folder: Path) -> str:
     return whole.hexdigest()
 
 
-def measure(folder: Path, layers: int, keep: int, repeats: int) -> dict[str, object]:
+def measure(folder: Path, layers: int, keep: int, repeats: int) -> dict[str, Any]:
     """All runs; removes every large folder that it made."""
     base, plan = folder / "base", folder / "plan.json"
     reference, target = folder / "reference", folder / "target"
@@ -134,7 +135,7 @@ def measure(folder: Path, layers: int, keep: int, repeats: int) -> dict[str, obj
                     seconds, peak = time_cut(base, plan, target)
                     if digest(target) != wanted:
                         raise SystemExit("two runs differ")
-                row = {
+                one = {
                     "kind": kind,
                     "cache": cache,
                     "seconds": round(seconds, 2),
@@ -142,8 +143,8 @@ def measure(folder: Path, layers: int, keep: int, repeats: int) -> dict[str, obj
                     "peak_mib": round(peak / 1024, 1),
                     "load": round(os.getloadavg()[0], 2),
                 }
-                print(row, file=sys.stderr, flush=True)
-                runs.append(row)
+                print(one, file=sys.stderr, flush=True)
+                runs.append(one)
                 shutil.rmtree(target)
     base_bytes = tree_bytes(base)
     summary = {}
@@ -163,6 +164,25 @@ def measure(folder: Path, layers: int, keep: int, repeats: int) -> dict[str, obj
     }  # fmt: skip
 
 
+def rows(r: dict[str, Any]) -> list[Row]:
+    """Lines of docs/bench.md."""
+    size = f"{r['in_bytes'] / 1e9:.1f} → {r['out_bytes'] / 1e9:.1f} GB"
+    speeds = [
+        row(
+            f"`cut` {r['experts']}, {size}, hashes and manifest included; {cache} cache",
+            "≥ 0.8 of `cp`" if cache == "cold" else "",
+            f"{one['cut_speed_of_cp']:.2f} of `cp` ({one['cut_seconds']:.1f} s against {one['cp_seconds']:.1f} s, "
+            f"medians of n = {one['n']})",
+        )
+        for cache, one in r["summary"].items()
+    ]
+    return [
+        *speeds,
+        row("`cut`, peak memory", "≤ 512 MiB", f"{r['peak_mib']:.0f} MiB"),
+        row("`cut`, repeated", "byte-identical", f"{r['byte_identical_runs']} runs identical"),
+    ]
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -178,13 +198,7 @@ def main() -> None:
         result = measure(folder, args.layers, args.keep, args.repeats)
     finally:
         shutil.rmtree(folder)
-    if args.json:
-        print(json.dumps(result, indent=2, ensure_ascii=False))
-        return
-    print(f"\n{result['in_bytes'] / 1e9:.2f} GB → {result['out_bytes'] / 1e9:.2f} GB, peak {result['peak_mib']} MiB")
-    print(f"{'cache':6} {'cp s':>8} {'cut s':>8} {'cut/cp speed':>13} (medians of {args.repeats})")
-    for cache, row in result["summary"].items():
-        print(f"{cache:6} {row['cp_seconds']:8.2f} {row['cut_seconds']:8.2f} {row['cut_speed_of_cp']:13.2f}")
+    show({**result, "rows": rows(result)}, as_json=args.json)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ raised by hand, and the ContribDynamic tiers, are measured beside them.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 import time
@@ -22,7 +21,6 @@ from typing import Any
 
 import torch
 
-from bench_heads import unseen
 from gemcut import exporting, mixing
 from gemcut.ablate import AblateSettings, curvature
 from gemcut.checkpoint import Checkpoint, open_checkpoint
@@ -35,9 +33,9 @@ from gemcut.gguf_file import open_gguf
 from gemcut.observe.run import observe
 from gemcut.records.curvature import save_curvature
 from gemcut.stream.corpus import load_corpus
-from gemcut.types import Estimate
+from rows import Row, interval, row, show, spell
+from texts import CALIBRATION, DEMO, unseen
 
-DEMO = Path(__file__).resolve().parent.parent / "demo"
 STOCK = ("Q4_K_M", "Q3_K_M", "IQ2_M")
 TIERS = ("CD-Q4_K_M", "CD-Q3_K_M", "CD-Q2_K")
 TARGET = 0.85  # of the stock file's KLD
@@ -45,14 +43,13 @@ TARGET = 0.85  # of the stock file's KLD
 
 def prepare(base: Checkpoint, folder: Path, tokens: int) -> tuple[Path, Path, dict[str, float]]:
     """Importance matrix and curvature of the calibration text, and how long they took."""
-    text = DEMO / "corpus" / "calibration.jsonl"
     seconds = {}
     began = time.perf_counter()
-    observe(base, load_corpus(text, base.path), folder / "stats")
+    observe(base, load_corpus(CALIBRATION, base.path), folder / "stats")
     write_imatrix(folder / "imatrix.gguf", from_statistics(folder / "stats", layout_of(base)))
     seconds["observe"] = time.perf_counter() - began
     began = time.perf_counter()
-    few = load_corpus(text, base.path, max_tokens=tokens)
+    few = load_corpus(CALIBRATION, base.path, max_tokens=tokens)
     save_curvature(curvature(base, few, AblateSettings(dtype="float32")), folder / "curvature")
     seconds["curvature"] = time.perf_counter() - began
     return folder / "imatrix.gguf", folder / "curvature", seconds
@@ -69,10 +66,6 @@ def shared_keys(base: Checkpoint) -> str:
     names = {tensor.name for tensor in layout_of(base).tensors}
     layers = [i for i in range(layout_of(base).layers) if f"blk.{i}.attn_v.weight" not in names]
     return rf"blk\.({'|'.join(map(str, layers))})\.attn_k=q6_k"
-
-
-def estimate(found: Estimate) -> dict[str, float]:
-    return {"value": found.value, "low": found.low, "high": found.high}
 
 
 def measure(kind: str, folder: Path, tokens: int, curvature_tokens: int) -> dict[str, Any]:
@@ -100,10 +93,10 @@ def measure(kind: str, folder: Path, tokens: int, curvature_tokens: int) -> dict
             "stock": name,
             "stock_bytes": sizes[i],
             "solved_bytes": mixes[i].solution.size_bytes,
-            "stock_kld": estimate(chunks.mean(i)),
-            "solved_kld": estimate(chunks.mean(n + i)),
+            "stock_kld": interval(chunks.mean(i)),
+            "solved_kld": interval(chunks.mean(n + i)),
             "expected_kld": mixes[i].solution.damage,
-            "ratio": estimate(chunks.ratio(n + i, i)),
+            "ratio": interval(chunks.ratio(n + i, i)),
             "types": {band.role: [k.name for k, _ in band.types] for band in mixes[i].bands},
             "bpw": file_size(0, mixes[i].solution.types, layout).bpw,
         }
@@ -113,7 +106,7 @@ def measure(kind: str, folder: Path, tokens: int, curvature_tokens: int) -> dict
         {
             "stock": name,
             "more_bytes": open_gguf(keys[i]).size_bytes - sizes[i],
-            "ratio": estimate(chunks.ratio(2 * n + i, i)),
+            "ratio": interval(chunks.ratio(2 * n + i, i)),
         }
         for i, name in enumerate(STOCK)
     ]
@@ -123,39 +116,35 @@ def measure(kind: str, folder: Path, tokens: int, curvature_tokens: int) -> dict
 
 def tier(name: str, i: int, chunks: KldChunks, size: int) -> dict[str, Any]:
     at = 3 * len(STOCK) + i
-    ratio = estimate(chunks.ratio(at + len(TIERS), at))
-    return {"tier": name, "bytes": size, "kld": estimate(chunks.mean(at)), "solved_ratio": ratio}
+    ratio = interval(chunks.ratio(at + len(TIERS), at))
+    return {"tier": name, "bytes": size, "kld": interval(chunks.mean(at)), "solved_ratio": ratio}
 
 
-def rows(found: dict[str, Any]) -> Iterator[dict[str, str]]:
+def rows(found: dict[str, Any]) -> Iterator[Row]:
     """Lines for the page of figures."""
-
-    def share(one: dict[str, float]) -> str:
-        return f"{one['value']:.3f} [{one['low']:.3f}, {one['high']:.3f}]"
-
     for kind, one in found.items():
         many = f"n = {one['chunks']} chunks, {one['tokens']:,} tokens"
-        for row in one["solved"]:
-            below = 100 * (1 - row["solved_bytes"] / row["stock_bytes"])
-            klds = f"KLD {row['solved_kld']['value']:.5f} against {row['stock_kld']['value']:.5f}"
-            yield {
-                "what": f"demo/{kind}, as {row['stock']}, {row['stock_bytes']:,} bytes: solved file's share of its KLD",
-                "target": f"≤ {TARGET}",
-                "measured": f"{share(row['ratio'])}; {klds}, expected {row['expected_kld']:.5f}; "
+        for each in one["solved"]:
+            below = 100 * (1 - each["solved_bytes"] / each["stock_bytes"])
+            klds = f"KLD {each['solved_kld']['value']:.5f} against {each['stock_kld']['value']:.5f}"
+            yield row(
+                f"demo/{kind}, as {each['stock']}, {each['stock_bytes']:,} bytes: solved file's share of its KLD",
+                f"≤ {TARGET}",
+                f"{spell(each['ratio'])}; {klds}, expected {each['expected_kld']:.5f}; "
                 f"{below:.3f} % below the size; {many}",
-            }
-        for row in one["keys"]:
-            yield {
-                "what": f"demo/{kind}, {row['stock']} with attn_k at Q6_K where K serves as V: share of its KLD",
-                "target": "",
-                "measured": f"{share(row['ratio'])} for {row['more_bytes']:,} bytes more; {many}",
-            }
-        for row in one["tiers"]:
-            yield {
-                "what": f"demo/{kind}, as {row['tier']}, {row['bytes']:,} bytes: solved file's share of its KLD",
-                "target": "",
-                "measured": f"{share(row['solved_ratio'])}; the tier's KLD {row['kld']['value']:.5f}; {many}",
-            }
+            )
+        for each in one["keys"]:
+            yield row(
+                f"demo/{kind}, {each['stock']} with attn_k at Q6_K where K serves as V: share of its KLD",
+                "",
+                f"{spell(each['ratio'])} for {each['more_bytes']:,} bytes more; {many}",
+            )
+        for each in one["tiers"]:
+            yield row(
+                f"demo/{kind}, as {each['tier']}, {each['bytes']:,} bytes: solved file's share of its KLD",
+                "",
+                f"{spell(each['solved_ratio'])}; the tier's KLD {each['kld']['value']:.5f}; {many}",
+            )
 
 
 def main() -> None:
@@ -171,12 +160,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as scratch:
             found[kind] = measure(kind, Path(scratch), asked.tokens, asked.curvature_tokens)
         print(f"{kind} done", file=sys.stderr)
-    told = list(rows(found))
-    if asked.json:
-        print(json.dumps({"rows": told, "models": found}))
-        return
-    for row in told:
-        print(f"{row['what']}\n    {row['measured']}" + (f"   (target {row['target']})" if row["target"] else ""))
+    show({"rows": list(rows(found)), "models": found}, as_json=asked.json)
 
 
 if __name__ == "__main__":

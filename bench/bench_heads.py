@@ -5,7 +5,7 @@
 Heads: 1 and 2 of 8 query heads in every layer of the demo dense checkpoint. Each selection is cut without a heal, with
 the recipe that was published before, and with ours; all of them are compared with the base on the same held-out
 chunks, so that differences and ratios are paired. Texts that were looked at while the default was chosen (the first
-`LOOKED_AT` tokens of the held-out corpus) are left out.
+`texts.LOOKED_AT` tokens of the held-out corpus) are left out.
 
 The published recipe: W_Kᵀ = (XᵀX + λI)⁻¹ XᵀY on 1024 samples, λ = 0.01 · mean(diag XᵀX), a ridge to zero, unweighted,
 layer after layer with X from the cut and refitted layers before and Y from the dense model. Here it runs on samples of
@@ -18,9 +18,7 @@ data, in a process of its own; VmHWM.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -50,13 +48,13 @@ from gemcut.surgery.heal.layer import Tap
 from gemcut.surgery.heal.settings import HealSettings, Job, jobs_of
 from gemcut.surgery.heal.stream import heal
 from gemcut.types import Estimate, HeadImportance, Plan, Replace, Scores
+from rows import Row, interval, load, row, show, spell
+from texts import CALIBRATION, DEMO, unseen
 
-DEMO = Path(__file__).resolve().parent.parent / "demo"
 SELECTIONS = ("random", "norm", "taylor", "loo", "obs")
 HEALS = ("none", "card, one class", "card, mixed", "ours")
 SIZES = (0.125, 0.25)
 SAMPLES = 1024
-LOOKED_AT = 16000
 DTYPE = "float32"
 HIDDEN, COLUMNS = 5376, 32 * 512  # one full-attention layer of 31B
 SOLVE_TOKENS, BLOCK = 2048, 1024
@@ -66,32 +64,15 @@ SOLVE_LIMIT = 12 << 30
 # ---------------------------------------------------------------- texts
 
 
-def unseen(base: Path, tokens: int) -> Corpus:
-    """Held-out items that nobody looked at, classes in turn, up to so many tokens."""
-    path = DEMO / "corpus" / "heldout.jsonl"
-    seen = {row.id for row in load_corpus(path, base, max_tokens=LOOKED_AT).items}
-    every = load_corpus(path, base)
-    queues = {cls: [row for row in every.items if row.cls == cls and row.id not in seen] for cls in every.classes}
-    taken, room = [], tokens
-    while any(queues.values()):
-        for cls, queue in queues.items():
-            if queue and len(queue[0].ids) <= room:
-                room -= len(queue[0].ids)
-                taken.append(queue.pop(0))
-            else:
-                queues[cls] = []
-    return dataclasses.replace(every, items=tuple(taken))
-
-
 def samples(corpus: Corpus, classes: Iterable[str]) -> list[torch.Tensor]:
     """SAMPLES tokens, as many of each class: sequences [S] of token ids from the start of the items."""
     wanted = list(classes)
     out = []
     for i, cls in enumerate(wanted):
         room = SAMPLES * (i + 1) // len(wanted) - SAMPLES * i // len(wanted)
-        for row in corpus.items:
-            if row.cls == cls and room > 1:
-                out.append(torch.from_numpy(np.array(row.ids[:room], np.int64)))
+        for item in corpus.items:
+            if item.cls == cls and room > 1:
+                out.append(torch.from_numpy(np.array(item.ids[:room], np.int64)))
                 room -= len(out[-1])
     return out
 
@@ -160,9 +141,8 @@ class Bench:
     def __init__(self, root: Path, tokens: int, held_out: int, loo_tokens: int) -> None:
         self.root = root
         self.base = open_checkpoint(DEMO / "dense")
-        path = DEMO / "corpus" / "calibration.jsonl"
-        self.calibration = load_corpus(path, self.base.path, max_tokens=tokens)
-        self.loo_corpus = load_corpus(path, self.base.path, max_tokens=loo_tokens)
+        self.calibration = load_corpus(CALIBRATION, self.base.path, max_tokens=tokens)
+        self.loo_corpus = load_corpus(CALIBRATION, self.base.path, max_tokens=loo_tokens)
         self.held_out = unseen(self.base.path, held_out)
         classes = self.calibration.classes
         self.texts = {
@@ -242,17 +222,17 @@ class Bench:
         cells, removed, against = [], [], []
         for (name, share, how), at in where.items():
             ours = where[HEAD_DEFAULT, share, "ours"]
-            minus = {} if at == ours else {"minus_default": _json(found.difference(at, ours))}
-            cells.append({"selection": name, "share": share, "heal": how, "kld": _json(found.mean(at)), **minus})
+            minus = {} if at == ours else {"minus_default": interval(found.difference(at, ours))}
+            cells.append({"selection": name, "share": share, "heal": how, "kld": interval(found.mean(at)), **minus})
             if how == "ours":
                 share_left = found.ratio(at, where[name, share, "none"])
-                removed.append({"selection": name, "share": share, "removed": _json(_less(share_left))})
+                removed.append({"selection": name, "share": share, "removed": interval(_less(share_left))})
         for share in SIZES:
             target = where["loo", share, "card, mixed"]
-            against.append({"share": share, "ratio": _json(found.ratio(where[HEAD_DEFAULT, share, "ours"], target))})
+            against.append({"share": share, "ratio": interval(found.ratio(where[HEAD_DEFAULT, share, "ours"], target))})
         loo = self.importance["loo"].values
         ranks = {
-            name: _json(rank_correlation(s.values, loo))
+            name: interval(rank_correlation(s.values, loo))
             for (name, share), s in self.scores.items()
             if share == SIZES[0]
         }
@@ -262,17 +242,8 @@ class Bench:
             "default": HEAD_DEFAULT, "cells": cells, "removed": removed, "against_card": against, "ranks": ranks,
             "seconds": self.seconds, "loo_passes": round(size.passes / depth, 1), "layers_healed": sum(self.used),
             "layers_tried": len(self.used), "tokens": self.calibration.tokens, "loo_tokens": self.loo_corpus.tokens,
-            "held_out_tokens": int(found.tokens.sum()), "chunks": len(found.tokens), "load": _load(),
+            "held_out_tokens": int(found.tokens.sum()), "chunks": len(found.tokens), "load": load(),
         }  # fmt: skip
-
-
-def _load() -> float:
-    """Processes that wanted a core in the last five minutes: above the number of cores, seconds say little."""
-    return round(os.getloadavg()[1], 1)
-
-
-def _json(one: Estimate) -> dict[str, float]:
-    return {"value": one.value, "low": one.low, "high": one.high, "n": one.n}
 
 
 def _less(one: Estimate) -> Estimate:
@@ -316,82 +287,83 @@ def solve() -> dict[str, Any]:
     return {
         "columns": COLUMNS, "hidden": HIDDEN, "tokens": fit.n, "threads": torch.get_num_threads(),
         "gram_seconds": round(seconds, 1), "solve_seconds": round(took, 1), "peak_bytes": int(peak.split()[1]) * 1024,
-        "load": _load(),
+        "load": load(),
     }  # fmt: skip
 
 
 # ---------------------------------------------------------------- tables
 
 
-def _cell(one: Mapping[str, float], unit: str = "") -> str:
-    return f"{one['value']:.4f}{unit} [{one['low']:.4f}, {one['high']:.4f}]"
-
-
-def _share(one: Mapping[str, float]) -> str:
-    return f"{one['value']:.1%} [{one['low']:.1%}, {one['high']:.1%}]"
-
-
-def rows(found: dict[str, Any]) -> list[dict[str, str]]:
+def rows(found: dict[str, Any]) -> list[Row]:
     """Lines of docs/bench.md."""
-    out: list[dict[str, str]] = []
+    out: list[Row] = []
     if "heads" in found:
         out += _head_rows(found["heads"])
     if "solve" in found:
         s = found["solve"]
-        out.append({
-            "what": f"heal of one full-attention layer of 31B: {s['columns']} columns, hidden {s['hidden']}",
-            "target": f"≤ {SOLVE_LIMIT / 2**30:.0f} GiB",
-            "measured": f"{s['peak_bytes'] / 2**30:.2f} GiB; sums of {s['tokens']} tokens {s['gram_seconds']} s, solve "
-            f"and residuals {s['solve_seconds']} s (threads: {s['threads']}, load average {s['load']}); random data, "
-            "all columns kept, n = 1",
-        })  # fmt: skip
+        out.append(
+            row(
+                f"heal of one full-attention layer of 31B: {s['columns']} columns, hidden {s['hidden']}",
+                f"≤ {SOLVE_LIMIT / 2**30:.0f} GiB",
+                f"{s['peak_bytes'] / 2**30:.2f} GiB; sums of {s['tokens']} tokens {s['gram_seconds']} s, solve "
+                f"and residuals {s['solve_seconds']} s (threads: {s['threads']}, load average {s['load']}); "
+                "random data, all columns kept, n = 1",
+            )
+        )
     return out
 
 
-def _head_rows(r: Mapping[str, Any]) -> list[dict[str, str]]:
+def _head_rows(r: Mapping[str, Any]) -> list[Row]:
     n = f"{r['held_out_tokens']} held-out tokens, n = {r['chunks']} items"
     names = list(dict.fromkeys(cell["selection"] for cell in r["cells"]))
     table = {(c["selection"], c["share"], c["heal"]): c for c in r["cells"]}
     out = []
     for share in SIZES:
         for name in names:
-            cells = [f"{how} {_cell(table[name, share, how]['kld'])}" for how in HEALS]
-            out.append({
-                "what": f"KLD, {share:.1%} of heads in all layers by `{name}`" + " (default)" * (name == r["default"]),
-                "target": "",
-                "measured": f"{'; '.join(cells)}; {n}",
-            })  # fmt: skip
+            cells = [f"{how} {spell(table[name, share, how]['kld'], '.4f')}" for how in HEALS]
+            out.append(
+                row(
+                    f"KLD, {share:.1%} of heads in all layers by `{name}`" + " (default)" * (name == r["default"]),
+                    "",
+                    f"{'; '.join(cells)}; {n}",
+                )
+            )
     best = r["default"]
     for share in SIZES:
-        parts = [f"`{one['selection']}` {_share(one['removed'])}" for one in r["removed"] if one["share"] == share]
-        out.append({
-            "what": f"damage that our heal removes of each selection's own, {share:.1%} of heads",
-            "target": "≥ 60 %",
-            "measured": f"{'; '.join(parts)}; healed on {r['tokens']} tokens; {n}",
-        })  # fmt: skip
+        parts = [
+            f"`{one['selection']}` {spell(one['removed'], '.1%')}" for one in r["removed"] if one["share"] == share
+        ]
+        out.append(
+            row(
+                f"damage that our heal removes of each selection's own, {share:.1%} of heads",
+                "≥ 60 %",
+                f"{'; '.join(parts)}; healed on {r['tokens']} tokens; {n}",
+            )
+        )
     for one in r["against_card"]:
         ratio = one["ratio"]
-        out.append({
-            "what": f"`{best}` and our heal against `loo` and the card's recipe on mixed samples, {one['share']:.1%}",
-            "target": "≤ 0.5 ×",
-            "measured": f"{ratio['value']:.2f} × [{ratio['low']:.2f}, {ratio['high']:.2f}], paired; {n}",
-        })  # fmt: skip
+        out.append(
+            row(
+                f"`{best}` and our heal against `loo` and the card's recipe on mixed samples, {one['share']:.1%}",
+                "≤ 0.5 ×",
+                f"{spell(ratio, '.2f', ' ×')}, paired; {n}",
+            )
+        )
     for share in SIZES:
         others = [c for c in r["cells"] if c["share"] == share and "minus_default" in c]
         if others:
             least = min(others, key=lambda c: c["minus_default"]["value"])
             d = least["minus_default"]
-            out.append({
-                "what": f"the best other combination minus `{r['default']}` and our heal, {share:.1%}",
-                "target": "≥ 0",
-                "measured": f"{d['value']:+.4f} [{d['low']:+.4f}, {d['high']:+.4f}] nats (`{least['selection']}`, "
-                f"{least['heal']}), paired; {n}",
-            })  # fmt: skip
-    ranks = "; ".join(
-        f"`{k}` {v['value']:.2f} [{v['low']:.2f}, {v['high']:.2f}]" for k, v in r["ranks"].items() if k != "loo"
-    )
-    out.append({"what": "rank correlation with leave-one-out", "target": "", "measured": f"{ranks}; n = 12 layers"})
-    out.append({"what": "cost of a selection", "target": "default ≤ 3 forward passes", "measured": _costs(r)})
+            out.append(
+                row(
+                    f"the best other combination minus `{r['default']}` and our heal, {share:.1%}",
+                    "≥ 0",
+                    f"{spell(d, '+.4f')} nats (`{least['selection']}`, {least['heal']}), paired; {n}",
+                )
+            )
+    ranks = "; ".join(f"`{k}` {spell(v, '.2f')}" for k, v in r["ranks"].items() if k != "loo")
+    out.append(row("rank correlation with leave-one-out", "", f"{ranks}; n = 12 layers"))
+    out.append(row("cost of a selection", "default ≤ 3 forward passes", _costs(r)))
     return out
 
 
@@ -427,11 +399,7 @@ def main() -> int:
         done = subprocess.run([sys.executable, __file__, "--child"], check=True, stdout=subprocess.PIPE, text=True)
         found["solve"] = json.loads(done.stdout.splitlines()[-1])
     found["rows"] = rows(found)
-    if args.json:
-        print(json.dumps(found, indent=2))
-    else:
-        for row in found["rows"]:
-            print(f"{row['what']}\n  target    {row['target']}\n  measured  {row['measured']}")
+    show(found, as_json=args.json)
     return 0
 
 

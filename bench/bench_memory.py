@@ -9,18 +9,18 @@ anything. The demo's tokenizer and corpora are used: their vocabulary of 4096 is
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))
 import synthetic
 from gemcut import shipped
 from gemcut.checkpoint import open_checkpoint
+from rows import Row, row, show
 
 # VmHWM begins anew with a new program; ru_maxrss would count the memory of the process that started it.
 _VERB = """
@@ -45,7 +45,7 @@ def run(*args: str) -> dict[str, float]:
     return {"seconds": round(seconds, 2), "peak_bytes": int(done.stderr.rpartition("VmHWM:")[2].split()[0]) << 10}
 
 
-def measure(folder: Path, layers: int, tokens: int) -> dict[str, object]:
+def measure(folder: Path, layers: int, tokens: int) -> dict[str, Any]:
     """Every verb once, in the order of a real job."""
     base, stats, plan, out = folder / "base", folder / "stats", folder / "plan.json", folder / "cut"
     synthetic.write(base, layers=layers)
@@ -55,7 +55,7 @@ def measure(folder: Path, layers: int, tokens: int) -> dict[str, object]:
     prefix = checkpoint.family.layer_prefix(checkpoint.tensors, layers - 1)
     layer = sum(ref.size_bytes for name, ref in checkpoint.tensors.items() if name.startswith(prefix))
     limit = ["--max-tokens", str(tokens)]
-    rows = {
+    verbs = {
         "inspect": run("inspect", str(base)),
         "observe": run("observe", str(base), "--corpus", "demo:calibration", "-o", str(stats), *limit),
         "score": run("score", str(stats)),
@@ -66,12 +66,26 @@ def measure(folder: Path, layers: int, tokens: int) -> dict[str, object]:
         "kld": run("kld", str(base), str(out), "--corpus", "demo:heldout", *limit),
     }
     return {
-        "verbs": rows,
+        "verbs": verbs,
         "layers": layers,
         "layer_bytes": layer,
         "size_bytes": checkpoint.size_bytes,
         "tokens": tokens,
     }
+
+
+def rows(r: dict[str, Any]) -> list[Row]:
+    """Lines of docs/bench.md."""
+    where = f"{r['layers']} layers of {r['layer_bytes'] / 2**30:.2f} GiB"
+    tokens = {"observe": f", {r['tokens']} tokens", "kld": f", {r['tokens']} tokens, base and one candidate"}
+    return [
+        row(
+            f"`{verb}`, peak memory",
+            "",
+            f"{one['peak_bytes'] / 2**20:.0f} MiB ({where}{tokens.get(verb, '')}; {one['seconds']:.1f} s)",
+        )
+        for verb, one in r["verbs"].items()
+    ]
 
 
 def main() -> int:
@@ -84,11 +98,7 @@ def main() -> int:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.folder) as temporary:
         found = measure(Path(temporary), args.layers, args.tokens)
-    if args.json:
-        print(json.dumps(found, indent=2))
-    else:
-        for verb, row in found["verbs"].items():  # type: ignore[attr-defined]
-            print(f"{verb:8} {row['peak_bytes'] / 2**20:8.0f} MiB {row['seconds']:8.1f} s")
+    show({**found, "rows": rows(found)}, as_json=args.json)
     return 0
 
 

@@ -25,8 +25,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))
 import synthetic
+from rows import Row, row, show
 
 RUN_TOKENS = 400_000
 SLIDING, FULL = 25, 5  # of the 30 layers of 26B-A4B
@@ -172,7 +172,7 @@ def ratios(sliding: dict[str, Any], full: dict[str, Any], what: str) -> list[flo
     return [(SLIDING * a + FULL * b) / (SLIDING * c + FULL * d) for a, b, c, d in zip(*series, strict=True)]
 
 
-def rows(found: dict[str, Any]) -> list[dict[str, str]]:
+def rows(found: dict[str, Any]) -> list[Row]:
     """Lines of docs/bench.md."""
     out = []
     if "cost" in found:
@@ -188,30 +188,37 @@ def rows(found: dict[str, Any]) -> list[dict[str, str]]:
             ("bare", "our own experts without a recorder", ""),
         ):
             seen = against[what]
-            out.append({
-                "what": f"compute of `observe`, every statistic on, against {words}",
-                "target": target,
-                "measured": f"{statistics.median(seen):.3f} × ({min(seen):.3f} to {max(seen):.3f}, "
-                f"n = {len(seen)} alternating runs); {conditions}",
-            })  # fmt: skip
+            out.append(
+                row(
+                    f"compute of `observe`, every statistic on, against {words}",
+                    target,
+                    f"{statistics.median(seen):.3f} × ({min(seen):.3f} to {max(seen):.3f}, "
+                    f"n = {len(seen)} alternating runs); {conditions}",
+                )
+            )
         forward = (SLIDING * s["plain_seconds"][0] + FULL * f["plain_seconds"][0]) / 30 / s["tokens"] * RUN_TOKENS
         once = (SLIDING * s["once_seconds"] + FULL * f["once_seconds"]) / 30
-        out.append({
-            "what": "once per layer: allocate, mirror and write the sums",
-            "target": "",
-            "measured": f"{once:.1f} s a layer = {once / forward:.1%} of its forward in a run of 0.4 M tokens; n = 1",
-        })  # fmt: skip
+        out.append(
+            row(
+                "once per layer: allocate, mirror and write the sums",
+                "",
+                f"{once:.1f} s a layer = {once / forward:.1%} of its forward in a run of 0.4 M tokens; n = 1",
+            )
+        )
     if "memory" in found:
         two, six = found["memory"]
         limit = two["layer_bytes"] + (2 << 30)
-        out.append({
-            "what": "peak memory of `observe`, 2 and 6 layers",
-            "target": f"≤ one layer + 2 GiB = {limit / 2**30:.2f} GiB, equal within 5 %",
-            "measured": f"{two['peak_bytes'] / 2**30:.2f} and {six['peak_bytes'] / 2**30:.2f} GiB "
-            f"(difference {abs(six['peak_bytes'] / two['peak_bytes'] - 1):.1%}; medians of n = {MEMORY_RUNS}, all in "
-            f"{min(two['peaks'] + six['peaks']) / 2**30:.2f} to {max(two['peaks'] + six['peaks']) / 2**30:.2f}; "
-            f"estimated beforehand {six['estimate_bytes'] / 2**30:.2f} GiB); {six['tokens']} tokens",
-        })  # fmt: skip
+        peaks = two["peaks"] + six["peaks"]
+        out.append(
+            row(
+                "peak memory of `observe`, 2 and 6 layers",
+                f"≤ one layer + 2 GiB = {limit / 2**30:.2f} GiB, equal within 5 %",
+                f"{two['peak_bytes'] / 2**30:.2f} and {six['peak_bytes'] / 2**30:.2f} GiB "
+                f"(difference {abs(six['peak_bytes'] / two['peak_bytes'] - 1):.1%}; medians of n = {MEMORY_RUNS}, "
+                f"all in {min(peaks) / 2**30:.2f} to {max(peaks) / 2**30:.2f}; "
+                f"estimated beforehand {six['estimate_bytes'] / 2**30:.2f} GiB); {six['tokens']} tokens",
+            )
+        )
     return out
 
 
@@ -254,11 +261,7 @@ def main() -> int:
                 peaks = [run["peak_bytes"] for run in each]
                 found["memory"].append({**each[len(each) // 2], "peaks": peaks})
     found["rows"] = rows(found)
-    if args.json:
-        print(json.dumps(found, indent=2))
-    else:
-        for row in found["rows"]:
-            print(f"{row['what']}\n  target    {row['target']}\n  measured  {row['measured']}")
+    show(found, as_json=args.json)
     return 0
 
 

@@ -15,9 +15,10 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))
 import synthetic
+from rows import Row, row, show
 
 LIMITS = {"help": 0.2, "inspect": 0.5}
 
@@ -30,6 +31,20 @@ def seconds(command: list[str], runs: int) -> dict[str, float]:
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         times.append(time.perf_counter() - start)
     return {"least": round(min(times[1:]), 4), "median": round(statistics.median(times[1:]), 4), "runs": runs}
+
+
+def rows(r: dict[str, Any]) -> list[Row]:
+    """Lines of docs/bench.md."""
+    size = f"{r['tensors']} tensors, {r['size_bytes'] / 1e9:.1f} GB of headers' worth"
+    python = f"a bare Python: {r['python']['median']:.3f} s"
+    return [
+        row("`gemcut --help`", f"≤ {LIMITS['help']} s", f"{r['help']['median']:.3f} s ({python})"),
+        row(
+            "`gemcut inspect`, 30 layers of real geometry",
+            f"≤ {LIMITS['inspect']} s",
+            f"{r['inspect']['median']:.3f} s; {size}, median of {r['help']['runs']} runs",
+        ),
+    ]
 
 
 def main() -> int:
@@ -53,14 +68,8 @@ def main() -> int:
             "size_bytes": shown["size_bytes"],
         }
     found["within_limit"] = all(found[name]["median"] <= limit for name, limit in LIMITS.items())  # type: ignore[index]
-    if args.json:
-        print(json.dumps(found, indent=2))
-    else:
-        print(f"inspect: {found['tensors']} tensors, {found['size_bytes'] / 1e9:.1f} GB in headers")  # type: ignore[operator]
-        for name in ("python", "help", "inspect"):
-            limit = f"   (limit {LIMITS[name]:g} s)" if name in LIMITS else ""
-            one = found[name]
-            print(f"{name:8} least {one['least']:.3f} s, median {one['median']:.3f} s of {args.runs}{limit}")  # type: ignore[index]
+    found["rows"] = rows(found)
+    show(found, as_json=args.json)
     return 0 if found["within_limit"] else 1
 
 
