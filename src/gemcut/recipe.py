@@ -24,6 +24,7 @@ from gemcut.vocabulary import (
     HealWords,
     ImatrixWords,
     Measure,
+    Nvfp4Words,
     Observe,
     PlanWords,
     ReportWords,
@@ -43,6 +44,7 @@ __all__ = [
     "HealWords",
     "ImatrixWords",
     "Measure",
+    "Nvfp4Words",
     "Observe",
     "PlanWords",
     "Recipe",
@@ -55,6 +57,7 @@ __all__ = [
     "layers_of",
     "load",
     "measure_words",
+    "nvfp4_words",
     "observe_words",
     "params",
     "parse",
@@ -67,7 +70,7 @@ __all__ = [
 
 SCHEMA = 1
 STAGES = (
-    "observe", "plan", "heal", "cut", "verify", "canary", "imatrix", "curvature", "gguf", "kld", "report",
+    "observe", "plan", "heal", "cut", "verify", "canary", "imatrix", "curvature", "gguf", "nvfp4", "kld", "report",
 )  # fmt: skip
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,79}$")]
 _W = TypeVar("_W", bound=Words)
@@ -92,6 +95,7 @@ class Recipe(Words):
     cut: Cut = Field(default_factory=Cut)
     canary: CanaryWords | None = None
     gguf: GgufWords | None = Field(default=None, description="none by default; of the chosen criterion's cut")
+    nvfp4: Nvfp4Words | None = Field(default=None, description="none by default; of the chosen criterion's cut")
     kld: Measure | None = None
     report: ReportWords = Field(default_factory=ReportWords)
 
@@ -100,10 +104,12 @@ class Recipe(Words):
         if (self.plan is None) != (self.score is None):
             raise ValueError("plan and score go together")
         if self.plan is None:
-            if self.gguf is None:
-                raise ValueError("nothing to do: plan cuts, gguf quantises")
-            if alone := [name for name in ("compare", "heal", "canary") if getattr(self, name)]:
+            if self.gguf is None and self.nvfp4 is None:
+                raise ValueError("nothing to do: plan cuts, gguf and nvfp4 quantise")
+            if alone := [name for name in ("compare", "heal") if getattr(self, name)]:
                 raise ValueError(f"{alone[0]} belongs to a plan")
+            if self.canary is not None and self.nvfp4 is None:
+                raise ValueError("canary belongs to a plan or to nvfp4")
         return self
 
 
@@ -261,6 +267,11 @@ def heal_words(said: dict[str, Json], sets: tuple[str, ...] = ()) -> HealWords:
 def gguf_words(said: dict[str, Json], sets: tuple[str, ...] = ()) -> GgufWords:
     """The gguf part of a recipe, from the flags of a verb."""
     return _part(GgufWords, said, sets)
+
+
+def nvfp4_words(said: dict[str, Json], sets: tuple[str, ...] = ()) -> Nvfp4Words:
+    """The nvfp4 part of a recipe, from the flags of a verb."""
+    return _part(Nvfp4Words, said, sets)
 
 
 def curvature_words(said: dict[str, Json], sets: tuple[str, ...] = ()) -> CurvatureWords:

@@ -7,6 +7,18 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, field_validator, model_validator
 
+from gemcut.nvfp4.choices import (
+    MAX_BORROWED,
+    ActivationRule,
+    KvCache,
+    Layout,
+    Method,
+    Narrow,
+    Scheme,
+    Targets,
+    wants_statistics,
+)
+
 _LAYERS = re.compile(r"\d{1,4}(-\d{1,4})?(,\d{1,4}(-\d{1,4})?)*")
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?", re.IGNORECASE)
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
@@ -238,6 +250,40 @@ class GgufWords(Words):
     def solves(self) -> bool:
         """Whether some file's types are solved for."""
         return bool(self.sizes or self.fit)
+
+
+class Nvfp4Words(Words):
+    """An NVFP4 checkpoint of the cut model, or of the model itself where nothing is cut."""
+
+    scheme: Scheme = Field(default="NVFP4A16", description="four-bit weights; NVFP4 has four-bit activations too")
+    targets: Targets = Field(default="mlp+experts", description="what is quantised; all takes attention as well")
+    scales: Method | None = Field(
+        default=None, description="rule of block scales; weighted where there are statistics, else sweep"
+    )
+    activations: ActivationRule = Field(default="max", description="rule of the activations' scale, for NVFP4")
+    max_borrowed: float = Field(
+        default=MAX_BORROWED,
+        ge=0,
+        le=1,
+        description="share of a layer's experts that may take their peers' activation scale; more is exit code 5",
+    )
+    kv: KvCache = Field(
+        default="none", description="scales of an FP8 cache: 1, what nothing overflows, or what was seen"
+    )
+    layout: Layout = Field(default="compressed-tensors", description="names of the tensors on disk")
+    ignore: Names = Field(default=(), description="modules that stay, as regular expressions: 'layers.0.mlp'")
+    narrow: Narrow = Field(
+        default="keep",
+        description="matrices whose width is no multiple of 16 stay as they are, or are an error",
+    )
+    device: str = Field(default="cpu", description="cpu, cuda, cuda:1")
+    threads: int | None = Field(default=None, gt=0, description="that quantise; one for each free core by default")
+    drafter: str | None = Field(default=None, description="a model that the serving line drafts with")
+
+    @property
+    def observes(self) -> bool:
+        """Whether statistics are wanted; a recipe has some to offer, so that the best scales are weighted."""
+        return wants_statistics(self.scheme, self.scales, self.kv)
 
 
 class ReportWords(Words):

@@ -15,20 +15,17 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias, get_args
 
 from gemcut import __version__
 from gemcut.checkpoint.made import new_tensor
 from gemcut.errors import CheckpointError, UsageError
 from gemcut.families.linears import Matrix
+from gemcut.nvfp4.choices import LAYOUTS
+from gemcut.nvfp4.choices import KvCache as KvCache
+from gemcut.nvfp4.choices import Layout as Layout
+from gemcut.nvfp4.choices import Scheme as Scheme
 from gemcut.types import Json, TensorRef
 
-Scheme: TypeAlias = Literal["NVFP4", "NVFP4A16"]
-SCHEMES: tuple[Scheme, ...] = get_args(Scheme)
-Layout: TypeAlias = Literal["compressed-tensors", "modelopt"]
-LAYOUTS: tuple[Layout, ...] = get_args(Layout)
-KvCache: TypeAlias = Literal["none", "one", "bound", "calibrated"]
-KV_CACHES: tuple[KvCache, ...] = get_args(KvCache)
 QUANTIZATION = "quantization_config"  # in config.json
 # With an FP8 cache compressed-tensors asks the decoder's config for one number of KV heads, which transformers ≥ 5.15
 # answers for layers that differ only where this key is set.

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from gemcut.export.nvfp4.codec import GROUP, encode, global_scale, to_blocks
-from gemcut.export.nvfp4.scales import METHODS, block_scales, column_weights
+from gemcut.export.nvfp4.scales import block_scales, column_weights
+from gemcut.nvfp4.choices import METHODS
 from gemcut.nvfp4.decode import dequantise
 
 

@@ -15,20 +15,20 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeAlias, get_args
+from typing import TypeAlias
 
 import numpy as np
 
 from gemcut.checkpoint import Checkpoint
 from gemcut.errors import CheckpointError, QualityError
-from gemcut.export.imatrix.starved import MAX_STARVED_SHARE, STARVED_SHARE, starved_units
+from gemcut.export.imatrix.starved import STARVED_SHARE, starved_units
 from gemcut.families.linears import LinearGroup
+from gemcut.nvfp4.choices import MAX_BORROWED
+from gemcut.nvfp4.choices import ActivationRule as ActivationRule
 from gemcut.records import StatisticsIndex, load_index_of
 from gemcut.records.linears import LinearSums, load_linears
 from gemcut.types import F64
 
-ActivationRule: TypeAlias = Literal["max", "headroom"]
-ACTIVATION_RULES: tuple[ActivationRule, ...] = get_args(ActivationRule)
 _GROUP = 16
 _HEADROOM = 16384.0  # 448 / 16384 is a little above 2^-6, the least normal e4m3 number
 _QUIET = 0.01
@@ -110,7 +110,7 @@ class Observed:
 
 
 def observed(
-    folder: Path, checkpoint: Checkpoint, rule: ActivationRule = "max", *, max_borrowed: float = MAX_STARVED_SHARE
+    folder: Path, checkpoint: Checkpoint, rule: ActivationRule = "max", *, max_borrowed: float = MAX_BORROWED
 ) -> Observed:
     """Open the statistics of this very checkpoint.
 

@@ -8,14 +8,13 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias, get_args
 
 from gemcut.checkpoint import Checkpoint
 from gemcut.errors import UsageError
 from gemcut.families.linears import LinearGroup, LinearPart, Linears
+from gemcut.nvfp4.choices import Narrow
+from gemcut.nvfp4.choices import Targets as Targets
 
-Targets: TypeAlias = Literal["mlp", "mlp+experts", "all"]
-TARGETS: tuple[Targets, ...] = get_args(Targets)
 _PARTS: Mapping[Targets, tuple[LinearPart, ...]] = {
     "mlp": ("mlp",),
     "mlp+experts": ("mlp", "experts"),
@@ -53,7 +52,7 @@ def choose(
     targets: Targets,
     ignore: Sequence[str] = (),
     *,
-    narrow: Literal["keep", "refuse"] = "keep",
+    narrow: Narrow = "keep",
 ) -> Choice:
     """Decide about every matrix; headers only.
 

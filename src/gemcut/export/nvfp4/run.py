@@ -15,7 +15,6 @@ from gemcut.checkpoint.made import Made
 from gemcut.checkpoint.read import Progress
 from gemcut.checkpoint.write import lay_out_shards
 from gemcut.errors import UsageError
-from gemcut.export.imatrix.starved import MAX_STARVED_SHARE
 from gemcut.export.nvfp4.activations import ActivationRule, Observed, gate, observed
 from gemcut.export.nvfp4.cache import cache_scales
 from gemcut.export.nvfp4.choice import Choice, Targets, choose, exclude_wildcards
@@ -23,6 +22,7 @@ from gemcut.export.nvfp4.quantise import Quantiser, check_device
 from gemcut.export.nvfp4.record import RECORD, Origin, record_json
 from gemcut.export.nvfp4.scales import Method
 from gemcut.export.nvfp4.served import check_served
+from gemcut.nvfp4.choices import MAX_BORROWED
 from gemcut.nvfp4.layout import (
     HF_QUANT,
     RECIPE,
@@ -59,7 +59,7 @@ class Settings:
     ignore: tuple[str, ...] = ()
     narrow: Literal["keep", "refuse"] = "keep"
     device: str = "cpu"
-    max_borrowed: float = MAX_STARVED_SHARE
+    max_borrowed: float = MAX_BORROWED
     threads: int = 1
 
 

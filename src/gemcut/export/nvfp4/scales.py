@@ -11,16 +11,14 @@ Scales above 6 / a clip, scales below it leave codes unused: both can lose less,
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, TypeAlias, get_args
 
 import numpy as np
 import torch
 
 from gemcut.export.nvfp4.codec import GROUP, LARGEST_SCALE, SMALLEST_SCALE, fp8_of_largest, round_into, to_fp8
+from gemcut.nvfp4.choices import Method as Method
 from gemcut.types import F64
 
-Method: TypeAlias = Literal["minmax", "four_over_six", "sweep", "weighted"]
-METHODS: tuple[Method, ...] = get_args(Method)
 # Places from the e4m3 number of minmax, eight to an octave; nearest first, so that a tie stays near.
 SWEPT = (1, -1, 2, 3, 4, 5, 6, 7, -2)
 _LARGEST_BYTE = 0x7E  # 448
