@@ -19,6 +19,7 @@ _PLAIN: tuple[tuple[LinearPart, str, tuple[str, ...]], ...] = (
     ("mlp", "mlp.", ("gate_proj", "up_proj")),
     ("mlp", "mlp.", ("down_proj",)),
 )
+_EXPERT = ("gate_proj", "up_proj", "down_proj")
 
 
 def groups(text: Mapping[str, Json], shapes: Mapping[str, tuple[int, ...]]) -> tuple[LinearGroup, ...]:
@@ -62,8 +63,36 @@ def _experts(shapes: Mapping[str, tuple[int, ...]], prefix: str, layer: int) -> 
         yield LinearGroup(layer, "experts", "experts.down_proj", e, (one,))
 
 
+def stored(linears: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, ...]]:
+    """See `families.linears.Linears`."""
+    out: dict[str, tuple[int, ...]] = {}
+    experts: dict[str, dict[str, dict[int, tuple[int, int]]]] = {}  # path of the experts → projection → expert
+    for module, shape in linears.items():
+        before, inside, which = module.partition(".experts.")
+        if not inside:
+            out[f"{module}.weight"] = shape
+            continue
+        number, _, name = which.partition(".")
+        if name not in _EXPERT or not (number.isdecimal() and len(number) < 9):
+            raise CheckpointError("a linear among the experts has a strange name", where=module[:200])
+        parts = experts.setdefault(f"{before}.experts", {name: {} for name in _EXPERT})
+        parts[name][int(number)] = shape
+    for path, parts in experts.items():
+        count = max(len(there) for there in parts.values())
+        for name, there in parts.items():
+            if missing := [e for e in range(count) if e not in there]:
+                raise CheckpointError("an expert is missing", where=f"{path}.{missing[0]}.{name}")
+            if len(set(there.values())) > 1 or there[0] != parts["gate_proj" if name == "up_proj" else name][0]:
+                raise CheckpointError("experts of one layer have different shapes", where=f"{path}: {name}")
+        rows, columns = parts["gate_proj"][0]
+        out[f"{path}.gate_up_proj"] = (count, 2 * rows, columns)
+        out[f"{path}.down_proj"] = (count, *parts["down_proj"][0])
+    return out
+
+
 LINEARS = Linears(
     groups=groups,
+    stored=stored,
     fused={"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")},
     served=(
         ("model.language_model.", "language_model.model."),

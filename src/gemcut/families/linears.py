@@ -50,12 +50,15 @@ class Linears:
     """Facts of one architecture.
 
     groups(text_config, shapes): every matrix of the decoder layers, in the order of layers and experts.
+    stored(linears): the tensors that linears come out of, name → shape, from module → [R, F]. CheckpointError where an
+        expert is missing, or is unlike its peers.
     fused: name of a fused module → the names that it is made of; those that a layer lacks count as well.
     served: how a path of the checkpoint begins → how vLLM's begins.
     experts_at: what vLLM's path has before `experts.E.`, and the checkpoint has not.
     """
 
     groups: Callable[[Mapping[str, Json], Mapping[str, tuple[int, ...]]], tuple[LinearGroup, ...]]
+    stored: Callable[[Mapping[str, tuple[int, int]]], dict[str, tuple[int, ...]]]
     fused: Mapping[str, tuple[str, ...]]
     served: tuple[tuple[str, str], ...]
     experts_at: str

@@ -36,6 +36,7 @@ from gemcut.nvfp4.layout import (
     read_config,
     tensors_of,
 )
+from gemcut.nvfp4.plain import divisor
 from gemcut.store import read_json, sha256_file
 from gemcut.types import DTYPE_BYTES, F64, TensorRef
 
@@ -218,21 +219,14 @@ def _check_config(out: Checkpoint, base: Checkpoint) -> None:
         _refuse("a file of the base is missing", min(missing), hint="tokenizer and templates belong to the model")
 
 
-def _divisor(out: Checkpoint, told: Told, name: str) -> float:
-    """G or G_x from either layout."""
-    value = float(out.read(name).view("<f4")[0])
-    if not math.isfinite(value) or value <= 0:
-        _refuse("a scale is not a positive number", name, got=value)
-    return value if NAMES[told.layout].divisor else 1.0 / value
-
-
 def _check_inputs(out: Checkpoint, told: Told, chosen: Sequence[LinearGroup]) -> None:
     """Scales of activations: one for what is fused, in a plausible range, near their layer's peers."""
     if told.scheme != "NVFP4":
         return
+    ends = NAMES[told.layout]
     by_place: dict[tuple[int, str], dict[str, float]] = {}
     for group in chosen:
-        values = {m.module: _divisor(out, told, m.module + NAMES[told.layout].inputs) for m in group.matrices}
+        values = {m.module: divisor(out, out.ref(m.module + ends.inputs), told.layout) for m in group.matrices}
         if len(set(values.values())) > 1:
             _refuse(
                 "what servers fuse has different scales of its inputs", next(iter(values)), got=list(values.values())
@@ -267,8 +261,9 @@ def _errors(
 ) -> dict[str, float]:
     """‖w' − w‖ / ‖w‖ of every matrix; and every group's scale against its largest weight."""
     errors: dict[str, float] = {}
+    ends = NAMES[told.layout]
     for done, group in enumerate(chosen):
-        scales = [_divisor(out, told, m.module + NAMES[told.layout].scale) for m in group.matrices]
+        scales = [divisor(out, out.ref(m.module + ends.scale), told.layout) for m in group.matrices]
         if len(set(scales)) > 1:
             _refuse("what servers fuse has different global scales", group.matrices[0].module, got=scales)
         largest, largest_scale = 0.0, 0.0

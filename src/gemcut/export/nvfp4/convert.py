@@ -17,7 +17,6 @@ from gemcut.errors import CheckpointError, UsageError
 from gemcut.export.nvfp4.choice import exclude_wildcards, ignore_patterns
 from gemcut.export.nvfp4.record import CONVERTED, RECORD
 from gemcut.export.nvfp4.served import check_served
-from gemcut.families.linears import LinearGroup
 from gemcut.nvfp4.layout import (
     HF_QUANT,
     NAMES,
@@ -30,6 +29,7 @@ from gemcut.nvfp4.layout import (
     read_config,
     recipe_text,
 )
+from gemcut.nvfp4.plain import plain_tensors
 from gemcut.store import read_json
 from gemcut.types import Edit, Json, Manifest, Omit, Rename, TensorRef
 
@@ -79,13 +79,8 @@ def plan_conversion(source: Checkpoint, layout: Layout) -> Conversion:
     if told.layout == layout:
         raise UsageError("the folder has this layout already", where=source.name, got=layout)
     old, new = NAMES[told.layout], NAMES[layout]
-    modules = [
-        name.removesuffix(old.scale)
-        for name in source.tensors
-        if name.endswith(old.scale) and name.removesuffix(old.scale) + old.packed in source.tensors
-    ]
-    if not modules:
-        raise CheckpointError("the checkpoint has no NVFP4 tensor", where=source.name)
+    plain = plain_tensors(source)
+    modules = [packed.matrix.module for found in plain.packed.values() for packed in found]
     turned = _Turned()
     for module in modules:
         _turn_module(source, module, old, new, turned)
@@ -94,12 +89,14 @@ def plan_conversion(source: Checkpoint, layout: Layout) -> Conversion:
             if told.cache and name.endswith(f".self_attn{before}"):
                 path = name.removesuffix(before)
                 turned.number(ref, *_cache_number(source, ref, layout, path + after))
-    groups, chosen = _groups(source, modules, old)
+    groups = plain.groups
+    there = set(modules)
+    chosen = [group for group in groups if all(matrix.module in there for matrix in group.matrices)]
     linears = source.family.linears()
     patterns = ignore_patterns(source, groups, chosen, linears)
     ignore = patterns if layout == "compressed-tensors" else exclude_wildcards(source, groups, chosen, linears)
     rules = ignore if layout == "compressed-tensors" else tuple("re:" + fnmatch.translate(one) for one in ignore)
-    check_served(rules, groups, set(modules), ["lm_head"], linears)
+    check_served(rules, groups, there, ["lm_head"], linears)
     return Conversion(source, told, layout, len(modules), turned.inexact, turned.edits, turned.made, ignore, patterns)
 
 
@@ -149,31 +146,6 @@ def _cache_number(
 
 def _giving(raw: bytes) -> Callable[[], Iterator[memoryview]]:
     return lambda: iter((memoryview(raw),))
-
-
-def _groups(source: Checkpoint, modules: list[str], old: Names) -> tuple[list[LinearGroup], list[LinearGroup]]:
-    """All matrices of the decoder that the quantised folder tells of, and those that are quantised."""
-    shapes: dict[str, tuple[int, ...]] = {name: ref.shape for name, ref in source.tensors.items()}
-    experts: dict[str, int] = {}
-    for module in modules:
-        rows, half = source.ref(module + old.packed).shape
-        before, found, inside = module.partition(".experts.")
-        if not found:
-            shapes[f"{module}.weight"] = (rows, 2 * half)
-            continue
-        number, _, part = inside.partition(".")
-        count = experts[before] = max(experts.get(before, 0), int(number) + 1 if number.isdigit() else 0)
-        if part == "down_proj":
-            shapes[f"{before}.experts.down_proj"] = (count, rows, 2 * half)
-        else:
-            shapes[f"{before}.experts.gate_up_proj"] = (count, 2 * rows, 2 * half)
-    for before, count in experts.items():  # an earlier shape may have been made before the last expert was met
-        for name in ("gate_up_proj", "down_proj"):
-            if (key := f"{before}.experts.{name}") in shapes:
-                shapes[key] = (count, *shapes[key][1:])
-    groups = list(source.family.linears().groups(source.text_config, shapes))
-    there = set(modules)
-    return groups, [group for group in groups if all(matrix.module in there for matrix in group.matrices)]
 
 
 def _files(meant: Conversion) -> dict[str, bytes | None]:
