@@ -13,15 +13,20 @@ from gemcut.checkpoint import Checkpoint, open_checkpoint
 from gemcut.errors import UsageError
 from gemcut.export.imatrix import Entry, Imatrix
 from gemcut.export.layout import layout_of
+from gemcut.export.mix.measure import measure_damages
 from gemcut.export.mix.padding import UNPADDED_KEY, PaddedImportances, grow_margins, pad_experts
+from gemcut.export.mix.shapes import quantisable
 from gemcut.export.mix.sizes import file_size
+from gemcut.export.mix.solver import solve
 from gemcut.export.mix.stock import stock_types
 from gemcut.export.source import Buffers, Piece, Source
+from gemcut.export.targets import units
 from gemcut.exporting import GgufWords, costs_of, plan_export, write_export
 from gemcut.families.gguf import GgufLayout, Grown, Value
 from gemcut.ggml.model import Model
+from gemcut.ggml.types import GgmlType
 from gemcut.gguf_file import read_gguf
-from gemcut.records.curvature import Margins
+from gemcut.records.curvature import Curvature, Margins
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +121,23 @@ def test_small_types_fit_and_what_that_saves() -> None:
     assert shares["IQ2_XS"] < 0.86
     assert shares["IQ4_XS"] > 1.05
     assert stock_types("IQ2_M", padded, imatrix=True)["blk.9.ffn_down_exps.weight"].name == "IQ2_S"
+
+
+def test_damages_of_padded_experts_serve_the_others_where_they_fit(model: Checkpoint, layout: GgufLayout) -> None:
+    padded, kinds = pad_experts(layout), (GgmlType.Q8_0, GgmlType.Q4_K)
+    tensors = {
+        str(t.source): Margins(np.ones((units(t), t.shape[-2])), np.ones((units(t), t.shape[-1])))
+        for t in layout.tensors
+        if quantisable(t)
+    }
+    curved = Curvature(tensors, 100, 1, 4, "float32", 0, model.fingerprint, "c" * 64, fingerprint="f" * 64)
+    first = measure_damages(model, padded, curved, kinds=kinds)
+    assert ("blk.0.ffn_down_exps.weight", GgmlType.Q4_K) in first.values
+    fresh = measure_damages(model, layout, curved, kinds=kinds)
+    again = measure_damages(model, layout, curved, kinds=kinds, earlier=first)
+    assert again.values == pytest.approx(fresh.values)
+    smallest = solve(layout, again.values, 10**9).least_bytes
+    assert solve(layout, again.values, smallest).types["blk.0.ffn_down_exps.weight"] == GgmlType.Q8_0
 
 
 def test_what_needs_no_padding_is_refused(layout: GgufLayout) -> None:

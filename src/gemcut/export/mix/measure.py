@@ -99,7 +99,12 @@ def measure_damages(
         "sample_elements": sample_elements,
     }
     old = earlier if earlier is not None and dict(earlier.settings) == settings else None
-    values: dict[tuple[str, GgmlType], float] = {} if old is None else dict(old.values)
+    columns = {tensor.name: tensor.shape[-1] for tensor in layout.tensors}
+    values = {  # of padded experts some fit no more
+        (name, kind): value
+        for (name, kind), value in (old.values if old is not None else {}).items()
+        if name not in columns or fits(kind, columns[name])
+    }
     importance = {} if old is None else dict(old.importance)
     todo = [tensor for tensor in layout.tensors if quantisable(tensor)]
     buffers = Buffers()
