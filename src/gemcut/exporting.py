@@ -21,6 +21,7 @@ from gemcut.export.metadata import file_metadata
 from gemcut.export.mix import contribution, overrides, padding, sizes, stock
 from gemcut.export.output import bytes_to_write, refuse_others
 from gemcut.export.provenance import provenance
+from gemcut.export.repacked import FILE_NUMBER, FILE_TYPE, refuse_other, repack, repacked_types
 from gemcut.export.run import SPARE_BYTES, ExportReport, export_gguf
 from gemcut.export.source import PIECE_ELEMENTS
 from gemcut.export.targets import Importances, Planned, Target, blocks_of, plan_target
@@ -28,6 +29,7 @@ from gemcut.families.gguf import GgufLayout, Value
 from gemcut.ggml.library import Library, load
 from gemcut.ggml.types import BLOCKS, GgmlType
 from gemcut.mixing import NOTHING, Mix, MixWords
+from gemcut.nvfp4.layout import is_nvfp4
 from gemcut.records import load_plan
 from gemcut.surgery import cut_for_gguf
 
@@ -151,7 +153,9 @@ def plan_export(
     library = load() if library is None else library
     given = overrides.parse_overrides(words.overrides)
     exports: list[Export] = []
-    if words.types or words.mix.asked:
+    if (words.types or words.mix.asked) and is_nvfp4(checkpoint.config):
+        exports.append(_repacked(checkpoint, words, given, library))
+    elif words.types or words.mix.asked:
         layout = layout_of(checkpoint)
         imatrix = None if words.imatrix is None else _imatrix(words.imatrix, layout, checkpoint)
         importances: Importances | None = imatrix
@@ -183,6 +187,19 @@ def plan_export(
             planned.append(files.plan(layout, name, mixing.projector_types(layout, kind.base), kind.number))
         exports.append(Export(checkpoint, layout, tuple(planned)))
     return tuple(exports)
+
+
+def _repacked(
+    checkpoint: Checkpoint, words: GgufWords, given: Sequence[overrides.Override], library: Library
+) -> Export:
+    """The one file of an NVFP4 checkpoint."""
+    beside = {"--imatrix": words.imatrix is not None, "--pad-experts": words.pad_experts, "--size": words.mix.asked}
+    for asked in words.types or (FILE_TYPE,):
+        refuse_other(asked.strip().upper(), beside)
+    view, layout = repack(checkpoint)
+    files = _Files(view, library, words, None, None)
+    name = f"{file_stem(checkpoint)}-{FILE_TYPE}.gguf"
+    return Export(view, layout, (files.plan(layout, name, repacked_types(view, layout, given), FILE_NUMBER),))
 
 
 def _types(

@@ -14,13 +14,15 @@ from numpy.typing import NDArray
 from gemcut.checkpoint import Checkpoint
 from gemcut.errors import CheckpointError, UsageError
 from gemcut.families.gguf import GgufTensor, Grown
-from gemcut.types import DTYPE_BYTES, F32
+from gemcut.ggml.types import GgmlType, tensor_bytes
+from gemcut.types import F32
 
 # Elements of one piece: 2 MiB of float32, which a core's cache holds while each target quantises it. A change of this
 # number changes the hashes that `source_hash` puts together, so earlier exports are then not found again.
 PIECE_ELEMENTS = 1 << 19
 _WHOLE_MAX_BYTES = 256 << 20  # a tensor whose axes are exchanged is read whole
 _FLOATS = ("BF16", "F16", "F32")
+_PACKED = "NVFP4"  # GGUF blocks, which go into the file as they are
 
 U8 = NDArray[np.uint8]
 
@@ -35,7 +37,7 @@ class Piece:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Loaded:
-    """values: float32 [rows, columns], valid until the same thread loads the next piece.
+    """values: float32 [rows, columns], valid until the same thread loads the next piece; of packed ones no row.
 
     raw: the bytes on disk, or None where the values are not stored as they are.   digest: of those bytes.
     """
@@ -80,7 +82,7 @@ class Source:
             return
         ref = self.checkpoint.ref(tensor.source)
         self.dtype = ref.dtype
-        if ref.dtype not in _FLOATS:
+        if ref.dtype not in (*_FLOATS, _PACKED):
             raise UsageError(
                 "only float tensors become GGUF", where=tensor.source, got=ref.dtype, wanted=" or ".join(_FLOATS)
             )
@@ -173,11 +175,13 @@ class Source:
         """Rows as they are stored."""
         assert self.tensor.source is not None
         columns = self.columns if self.tensor.grown is None else self.tensor.grown.columns[0]
-        row = columns * DTYPE_BYTES[self.dtype]
+        row = tensor_bytes(GgmlType[self.dtype], (columns,))
         return self.checkpoint.read_range(self.tensor.source, piece.first * row, piece.stop * row)
 
     def _floats(self, raw: U8) -> F32:
         """float32 of the bytes; of 16-bit ones in this thread's buffer."""
+        if self.dtype == _PACKED:
+            return np.empty(0, np.float32)
         if self.dtype == "F32":
             return raw.view("<f4")
         halves = self.buffers.halves(self.dtype, raw.size // 2)

@@ -45,6 +45,11 @@ def file_type(name: str) -> FileType:
         UsageError: no file type has this name.
     """
     asked = name.strip().upper()
+    if asked == "NVFP4":
+        raise UsageError(
+            "NVFP4 files are made from NVFP4 checkpoints", got=f"-t {name}",
+            hint="first gemcut nvfp4 MODEL -o FOLDER, then gemcut gguf FOLDER -t NVFP4",
+        )  # fmt: skip
     known = FILE_TYPES.get(LARGE_ENDS.get(asked, ALIASES.get(asked, asked)))
     if known is None:
         raise UsageError("no such file type", got=name, wanted=f"one of {', '.join(file_types())}")
