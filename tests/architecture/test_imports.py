@@ -17,7 +17,7 @@ ROOMS = {"observe", "score", "plan", "surgery", "ablate", "canary", "export", "s
 GROUND = {"errors", "types", "store", "records", "checkpoint", "families", "nvfp4", "ggml", "gguf_file", "machine"}
 ABOVE = {
     "recipe", "runs", "models", "stages", "head_stages", "pipeline", "head_pipeline", "shipped", "reporting",
-    "preflight", "comparing", "exporting", "imatrices", "jobs", "mixing", "gguf_cutting",
+    "preflight", "comparing", "loading", "exporting", "imatrices", "jobs", "mixing", "gguf_cutting",
     "vocabulary", "gguf_stages", "gguf_pipeline", "gguf_preflight",
 }  # fmt: skip
 LICENSED = {("evaluate", "serve")}
@@ -25,7 +25,8 @@ LICENSED = {("evaluate", "serve")}
 # package → modules (path prefixes below src/gemcut) that may import it at all
 HEAVY = {
     "torch": ("stream/", "observe/", "ablate/", "canary/generate", "surgery/heal", "evaluate/kld", "export/nvfp4"),
-    "transformers": ("stream/", "observe/", "canary/generate"),
+    "transformers": ("stream/", "observe/", "canary/generate", "loading"),
+    "compressed_tensors": ("stream/whole",),
     "matplotlib": ("report/figures", "report/canvas", "report/pareto"),
     "huggingface_hub": ("checkpoint/hub",),
     "rich": ("cli/console",),

@@ -22,6 +22,8 @@ from gemcut.types import DTYPE_BYTES, Json, Site, TensorRef
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+QUANTIZATION = "quantization_config"  # in config.json
+_PLAIN = ("BF16", "F16", "F32", "F64")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _SAMPLE_BYTES = 4096
 _SAMPLE_MAX_BYTES = 65536
@@ -60,7 +62,7 @@ class Checkpoint:
 
     @cached_property
     def sites(self) -> tuple[Site, ...]:
-        """Every place that can be cut, each checked against the shapes on disk."""
+        """Every place that can be cut, each checked against the shapes on disk; what is quantised cannot be."""
         return _checked_sites(self)
 
     @property
@@ -248,6 +250,8 @@ def _checked_sites(checkpoint: Checkpoint) -> tuple[Site, ...]:
         raise CheckpointError(
             "config.json lacks what its architecture needs", where=CONFIG, got=f"{type(error).__name__}: {error}"[:200]
         ) from None
+    if QUANTIZATION in checkpoint.config:
+        sites = tuple(site for site in sites if all(_plain(checkpoint, cut.name) for cut in site.slices))
     for site in sites:
         for cut in site.slices:
             ref = checkpoint.ref(cut.name)
@@ -259,6 +263,11 @@ def _checked_sites(checkpoint: Checkpoint) -> tuple[Site, ...]:
                     wanted=f"{site.units * cut.block} along axis {cut.axis}",
                 )
     return sites
+
+
+def _plain(checkpoint: Checkpoint, name: str) -> bool:
+    ref = checkpoint.tensors.get(name)
+    return ref is not None and ref.dtype in _PLAIN
 
 
 def _sample(ref: TensorRef) -> tuple[int, int]:

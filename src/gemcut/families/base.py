@@ -59,6 +59,22 @@ class Serving:
 
 
 @dataclass(frozen=True, slots=True)
+class ExpertModule:
+    """transformers' module of fused experts, and the keys of the decoder's config that it is built from.
+
+    It is called with hidden states [T, H], indices [T, k] and weights [T, k]; experts are gated, without bias, and are
+    called `experts.E.{gate,up,down}_proj` where they are stored apart.
+    """
+
+    module: str  # where the class is
+    name: str
+    experts: str
+    hidden: str  # H
+    inner: str  # the width inside an expert
+    activation: str
+
+
+@dataclass(frozen=True, slots=True)
 class Family:
     """One architecture.
 
@@ -75,6 +91,7 @@ class Family:
     gguf(config, shapes): what the GGUF file of the decoder holds; shapes of all tensors in the order of the file.
     gguf_vision(config, shapes, preprocessor): what its mmproj file holds.
     linears(): what quantised checkpoints call its matrices.
+    experts: its module of fused experts, None for a family that has none.
     """
 
     name: str
@@ -93,3 +110,4 @@ class Family:
     gguf: Callable[[Mapping[str, Json], Mapping[str, tuple[int, ...]]], GgufLayout]
     gguf_vision: Callable[[Mapping[str, Json], Mapping[str, tuple[int, ...]], Mapping[str, Json]], GgufLayout]
     linears: Callable[[], Linears]
+    experts: ExpertModule | None

@@ -20,7 +20,7 @@ import re
 from collections.abc import Collection, Mapping
 
 from gemcut.errors import CheckpointError, UsageError
-from gemcut.families.base import Attention, Family, Norms, Serving
+from gemcut.families.base import Attention, ExpertModule, Family, Norms, Serving
 from gemcut.families.gguf import GgufLayout
 from gemcut.families.heads import kept_kv_heads, mode_of
 from gemcut.families.linears import Linears
@@ -368,4 +368,12 @@ FAMILY = Family(
     gguf=gguf,
     gguf_vision=gguf_vision,
     linears=linears,
+    experts=ExpertModule(
+        module="transformers.models.gemma4.modeling_gemma4",
+        name="Gemma4TextExperts",
+        experts="num_experts",
+        hidden="hidden_size",
+        inner="moe_intermediate_size",
+        activation="hidden_activation",
+    ),
 )

@@ -6,6 +6,7 @@ import os
 
 import torch
 
+from gemcut.errors import MissingError
 from gemcut.machine import free_cores
 
 
@@ -25,3 +26,21 @@ def device_names() -> tuple[str, ...]:
     if torch.backends.mps.is_available():
         names.append("mps")
     return tuple(names)
+
+
+def check_device(name: str) -> str:
+    """Refuse a device that is not here before anything is read.
+
+    Raises:
+        MissingError: torch does not see it.
+    """
+    try:
+        torch.zeros(1, device=name).add_(1)
+    except (RuntimeError, AssertionError) as error:
+        raise MissingError(
+            "torch cannot use this device",
+            got=name,
+            wanted="cpu, or one that gemcut doctor lists",
+            hint=str(error).splitlines()[0][:120],
+        ) from None
+    return name
