@@ -132,6 +132,10 @@ def test_a_drafter_and_no_importances(place: Path, tmp_path: Path) -> None:
         (("gguf.sizes=[10KiB]",), "no mix of these types is so small"),
         (("gguf.fit=[{memory: 1GiB, beside: [drafter]}]",), "none is named"),
         (("gguf.mmproj=[Q8_0]",), "vision"),
+        (
+            ("gguf.fit=[{memory: 1GiB, context: 512}, {memory: 1024MiB, context: 1024, kv: q8_0}]",),
+            "context 512 in f16, and context 1024 in q8_0",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused_before_the_first_minute(
@@ -141,6 +145,12 @@ def test_what_cannot_be_is_refused_before_the_first_minute(
         preflight.estimate(words(place, "dense", *sets), tmp_path / "runs")
     assert said in str(caught.value) + str(caught.value.where) + str(caught.value.got)
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_size_said_in_two_ways_is_one_file(place: Path, tmp_path: Path) -> None:
+    sets = ("gguf.sizes=[1MiB, 1024KiB]", "gguf.fit=[{memory: 1GiB}, {memory: 1024MiB, kv: f16}]", "gguf.tiers=[]")
+    found = preflight.estimate(words(place, "dense", *sets), tmp_path / "runs")
+    assert [one.name for one in found.files] == ["dense-1MiB.gguf", "dense-fit-1GiB.gguf"]
 
 
 def test_the_coverage_gate_keeps_the_matrix(place: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gemcut import exporting, machine, mixing, models, stages
+from gemcut import exporting, gguf_stages, machine, mixing, models, stages
 from gemcut.checkpoint import Checkpoint
 from gemcut.errors import UsageError
 from gemcut.export.imatrix import wants_importance
@@ -35,7 +35,6 @@ from gemcut.preflight import (
     observe_cost,
 )
 from gemcut.recipe import GgufWords, Measure, Recipe
-from gemcut.vocabulary import size_bytes
 
 if TYPE_CHECKING:
     from gemcut.stream.corpus import Corpus
@@ -91,12 +90,8 @@ def file_costs(model: Checkpoint, layout: GgufLayout, words: GgufWords, library:
     if words.mmproj:
         exports = exporting.plan_export(model, exporting.GgufWords((), projectors=words.mmproj), library)
         found += exporting.costs_of(exports)
-    budgets = [(mixing.size_name(size_bytes(one)), size_bytes(one)) for one in words.sizes]
-    for one in words.fit:
-        card = mixing.card_words(
-            model, size_bytes(one.memory), one.context, one.kv, one.beside,
-            projector=next(iter(words.mmproj), "Q8_0"), drafter_bytes=drafter_bytes,
-        )  # fmt: skip
+    budgets = [(mixing.size_name(size), size) for size in gguf_stages.sizes(words)]
+    for card in gguf_stages.cards(model, words, drafter_bytes):
         budgets.append((f"fit-{mixing.size_name(card.memory_bytes)}", mixing.weights_of(layout, card).weights_bytes))
     least, most = solvable(layout, header_bytes, imatrix=words.imatrix is not None)
     for name, budget in budgets:

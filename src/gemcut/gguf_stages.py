@@ -141,14 +141,7 @@ def plan_files(
         _check_drafter(drafter, base)
         drafters = exporting.plan_export(drafter, exporting.GgufWords(words.drafter.tiers), threads=threads)
     drafter_bytes = drafters[0].planned[0].size_bytes if drafters else None
-    cards = tuple(
-        mixing.card_words(
-            base, size_bytes(one.memory), one.context, one.kv, one.beside,
-            projector=next(iter(words.mmproj), "Q8_0"), drafter_bytes=drafter_bytes,
-        )
-        for one in words.fit
-    )  # fmt: skip
-    mix = mixing.MixWords(tuple(size_bytes(one) for one in words.sizes), cards, curvature, damages)
+    mix = mixing.MixWords(sizes(words), cards(base, words, drafter_bytes), curvature, damages)
     asked = exporting.GgufWords(
         words.tiers,
         imatrix,
@@ -163,8 +156,46 @@ def plan_files(
     exports = (*exporting.plan_export(base, asked, threads=threads, progress=progress), *drafters)
     names = [plan.target.name for export in exports for plan in export.planned]
     if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise UsageError("two files would have one name", got=twice[0], hint="rename a model's folder, or ask for one")
+        raise UsageError(
+            "two files would have one name", got=twice[0], hint="model and drafter are called alike: rename a folder"
+        )
     return exports
+
+
+def sizes(words: GgufWords) -> tuple[int, ...]:
+    """Bytes of the files to solve for, each once: 1GiB is 1024MiB."""
+    return tuple(dict.fromkeys(size_bytes(one) for one in words.sizes))
+
+
+def cards(base: Checkpoint, words: GgufWords, drafter_bytes: int | None) -> tuple[mixing.FitWords, ...]:
+    """The cards to solve for, each once.
+
+    Args:
+        drafter_bytes: size of the drafter's file; None where there is none.
+    Raises:
+        UsageError: two cards of one memory, by which their files are called; and as `mixing.card_words`.
+    """
+    found: dict[int, mixing.FitWords] = {}
+    for one in words.fit:
+        card = mixing.card_words(
+            base, size_bytes(one.memory), one.context, one.kv, one.beside,
+            projector=next(iter(words.mmproj), "Q8_0"), drafter_bytes=drafter_bytes,
+        )  # fmt: skip
+        first = found.setdefault(card.memory_bytes, card)
+        if card != first:
+            raise UsageError(
+                "two files would have one name: a card's file is called by its memory alone",
+                where=f"fit-{mixing.size_name(card.memory_bytes)}",
+                got=f"{_card_text(first)}, and {_card_text(card)}",
+                hint="keep the card that leaves less for the weights, its file fits the other, too; or write the other "
+                "by a recipe of another name",
+            )
+    return tuple(found.values())
+
+
+def _card_text(card: mixing.FitWords) -> str:
+    beside = "".join(f" beside {name}" for name, _ in card.others)
+    return f"context {card.context} in {card.cache.name.lower()}{beside}"
 
 
 def _check_drafter(drafter: Checkpoint, base: Checkpoint) -> None:
