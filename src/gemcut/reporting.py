@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import prod
 from pathlib import Path
 from typing import cast
 
@@ -15,6 +14,7 @@ import yaml
 from gemcut import machine, records
 from gemcut.checkpoint import Checkpoint, inspect
 from gemcut.comparing import FLOOR
+from gemcut.export.mix.padding import weights_of
 from gemcut.export.mix.sizes import role_of
 from gemcut.ggml.types import GgmlType
 from gemcut.gguf_file import GgufFile, open_gguf
@@ -210,13 +210,13 @@ def quants(recipe: Recipe, base: Checkpoint, quantised: Quantised, cut: KldResul
 
 
 def bit_cells(file: GgufFile) -> tuple[Cell, ...]:
-    """Every matrix of a file that is quantised, or could have been."""
+    """Every matrix of a file that is quantised, or could have been; bits of its weights, zeros of padding left out."""
     cells = []
     for ref in file.tensors.values():
         if len(ref.shape) < 2 or ref.kind is GgmlType.F32:
             continue
         block = _BLOCK.match(ref.name)
-        elements = prod(ref.shape)
+        elements = weights_of(file, ref)
         cells.append(
             Cell(
                 role_of(ref.name), int(block[1]) if block else None, 8 * ref.size_bytes / elements, ref.kind.name,

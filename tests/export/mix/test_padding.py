@@ -27,6 +27,7 @@ from gemcut.ggml.model import Model
 from gemcut.ggml.types import GgmlType
 from gemcut.gguf_file import read_gguf
 from gemcut.records.curvature import Curvature, Margins
+from gemcut.reporting import bit_cells
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +104,18 @@ def test_a_padded_file_computes_the_same(model: Checkpoint, layout: GgufLayout, 
             logits.append(one.logits(tokens))
     assert np.ptp(logits[0]) > 0.1
     np.testing.assert_allclose(logits[1], logits[0], atol=2e-5)
+
+
+def test_the_map_of_bits_counts_no_zeros(model: Checkpoint, layout: GgufLayout, tmp_path: Path) -> None:
+    (export,) = plan_export(model, GgufWords(("Q8_0",), pad_experts=True))
+    write_export((export,), tmp_path, threads=1)
+    file = read_gguf(tmp_path / export.planned[0].target.name)
+    weights = {tensor.name: prod(tensor.shape) for tensor in layout.tensors}
+    refs = [ref for ref in file.tensors.values() if len(ref.shape) > 1 and ref.kind is not GgmlType.F32]
+    assert any(prod(ref.shape) > weights[ref.name] for ref in refs)
+    assert [(one.elements, one.bpw) for one in bit_cells(file)] == [
+        (weights[ref.name], 8 * ref.size_bytes / weights[ref.name]) for ref in refs
+    ]
 
 
 def test_small_types_fit_and_what_that_saves() -> None:

@@ -9,13 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from math import prod
 
 import numpy as np
 
 from gemcut.errors import UsageError
 from gemcut.export.imatrix.blocks import Roundings
+from gemcut.export.mix.sizes import role_of
 from gemcut.export.targets import Importances, Picking
 from gemcut.families.gguf import GgufLayout, GgufTensor, Grown, Value
+from gemcut.gguf_file import GgufFile, GgufRef
 from gemcut.records.curvature import Margins
 from gemcut.types import F32, F64
 
@@ -56,6 +59,15 @@ def _grow(tensor: GgufTensor, width: int, wide: int) -> GgufTensor:
     else:
         return tensor
     return replace(tensor, shape=shape, grown=grown)
+
+
+def weights_of(file: GgufFile, ref: GgufRef) -> int:
+    """Elements of a tensor in a file without the zeros that made its experts wider."""
+    elements, width = prod(ref.shape), file.value(UNPADDED_KEY)
+    wide = file.value(f"{file.value('general.architecture')}.{WIDTH_KEY}")
+    if role_of(ref.name) not in (_GATE_UP, _DOWN) or not isinstance(width, int) or not isinstance(wide, int):
+        return elements
+    return elements * width // max(wide, 1)
 
 
 def grow_margins(margins: Margins, grown: Grown) -> Margins:
