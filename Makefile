@@ -13,7 +13,7 @@ help:
 	@echo "make fast    the tests that take under five seconds each"
 	@echo "make check   ruff, mypy --strict and the import rules"
 	@echo "make docs    rewrite docs/cli.md and docs/recipes.md from the code"
-	@echo "make bench   the performance figures of docs/bench.md (needs 30 GiB of disk and a quiet machine)"
+	@echo "make bench   the figures of docs/bench.md (hours, 30 GiB of disk, a quiet machine; REFERENCE=DIR: with llama.cpp)"
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	@echo "== setting up $(VENV): one to four minutes the first time, mostly the download of torch"
@@ -45,7 +45,7 @@ docs: $(VENV)/.ready
 	$(BIN)/python docs/build.py
 
 bench: $(VENV)/.ready
-	$(BIN)/python bench/run.py --out docs/bench.md
+	$(BIN)/python bench/run.py $(if $(REFERENCE),--reference $(REFERENCE))
 
 clean:
 	rm -rf $(VENV) runs build dist .pytest_cache .mypy_cache .ruff_cache

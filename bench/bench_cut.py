@@ -31,7 +31,7 @@ import synthetic
 from gemcut.checkpoint import open_checkpoint
 from gemcut.records import save_plan
 from gemcut.types import LayerPlan, Plan
-from rows import Row, row, show
+from rows import Line, row, show
 
 _CUT = """
 import sys
@@ -164,7 +164,7 @@ def measure(folder: Path, layers: int, keep: int, repeats: int) -> dict[str, Any
     }  # fmt: skip
 
 
-def rows(r: dict[str, Any]) -> list[Row]:
+def rows(r: dict[str, Any]) -> list[Line]:
     """Lines of docs/bench.md."""
     size = f"{r['in_bytes'] / 1e9:.1f} → {r['out_bytes'] / 1e9:.1f} GB"
     speeds = [

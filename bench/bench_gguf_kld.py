@@ -1,18 +1,18 @@
 """KL divergence of GGUF files: ours against llama-perplexity's on the same chunks, tokens and scored positions.
 
-    python bench/bench_gguf_kld.py TOOLS BASE.gguf CANDIDATE.gguf… [--text FILE] [--context 512] [--chunks 24] [--json]
+    python bench/bench_gguf_kld.py TOOLS [BASE.gguf CANDIDATE.gguf…] [--text FILE] [--chunks 24] [--json]
 
-TOOLS is a folder with a built llama-perplexity. Its rules: the text is cut into runs of `context` tokens that do not
+TOOLS is a folder with a built llama-perplexity. Without files, both demo trunks are compared with what becomes of them
+as Q8_0, Q4_K_M and Q2_K. Its rules: the text is cut into runs of `context` tokens that do not
 overlap, the first token of each is replaced by BOS, and predictions from position context/2 on are scored. Its base
 logits go to disk in 16 bits, which is most of the difference. Token ids are read from that file, so that both score the
 very same positions. Give a BASE in F32: with one in BF16 the two builds round activations in other places, which shows
-(1 %) where a candidate is as near as Q8_0. Target: mean and median within 1 %.
+(1 %) where a candidate is as near as Q8_0. Target: mean and median within 1 %, and no logits on disk.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 import struct
@@ -25,12 +25,17 @@ from typing import Any
 
 import numpy as np
 
+from gemcut import exporting
+from gemcut.checkpoint import open_checkpoint
 from gemcut.evaluate.kld import KldSettings, kld
 from gemcut.gguf_file.header import GgufFile, open_gguf
 from gemcut.stream.corpus import Corpus, Row
 from gemcut.stream.corpus_file import read_entries
+from rows import Line, row, show
+from texts import DEMO, HELD_OUT
 
-HELD_OUT = Path(__file__).resolve().parent.parent / "demo" / "corpus" / "heldout.jsonl"
+BASE, TYPES = "F32", ("Q8_0", "Q4_K_M", "Q2_K")
+LIMIT = 0.01
 ATTEMPTS = 4
 LINES = {
     "mean": r"Mean +KLD: +(\S+) ±",
@@ -108,18 +113,18 @@ def measure(tools: Path, base: GgufFile, candidates: list[GgufFile], options: ar
     our_seconds = time.perf_counter() - begin
     rows = []
     for result, other in zip(ours, reference, strict=True):
-        row = result.rows[-1]
-        mine = {key: getattr(row, key).value for key in LINES}
+        whole = result.rows[-1]
+        mine = {key: getattr(whole, key).value for key in LINES}
         rows.append(
             {
                 "candidate": result.candidate,
-                "tokens": row.tokens,
+                "tokens": whole.tokens,
                 "chunks": result.chunks,
                 "ours": mine,
                 "theirs": other,
                 "mean_difference": mine["mean"] / other["mean"] - 1,
                 "median_difference": mine["median"] / other["median"] - 1,
-                "interval": [row.mean.low, row.mean.high],
+                "interval": [whole.mean.low, whole.mean.high],
             }
         )
     return {
@@ -128,33 +133,51 @@ def measure(tools: Path, base: GgufFile, candidates: list[GgufFile], options: ar
         "our_seconds": our_seconds,
         "their_seconds": their_seconds,
         "their_logits_bytes": their_bytes,
-        "our_logits_bytes": 0,
     }
+
+
+def demo_files(name: str, folder: Path) -> list[Path]:
+    """One demo trunk as BASE and TYPES."""
+    words = exporting.GgufWords((BASE, *TYPES))
+    exports = exporting.plan_export(open_checkpoint(DEMO / name), words)
+    exporting.write_export(exports, folder, threads=1)
+    return [folder / plan.target.name for one in exports for plan in one.planned]
+
+
+def lines(found: list[dict[str, Any]]) -> list[Line]:
+    """Lines of docs/bench.md."""
+    out = [
+        row(
+            f"{one['candidate']}: mean and median KLD against llama-perplexity's",
+            f"within {LIMIT:.0%}",
+            f"{one['mean_difference']:+.2%} and {one['median_difference']:+.2%} ({one['ours']['mean']:.6f} and "
+            f"{one['ours']['median']:.6f} nats); same top {one['ours']['same_top']:.4f} against "
+            f"{one['theirs']['same_top']:.4f}; {one['tokens']:,} tokens, n = {one['chunks']} chunks",
+        )
+        for each in found
+        for one in each["rows"]
+    ]
+    theirs = " and ".join(f"{each['their_logits_bytes'] / 1e6:.0f} MB" for each in found)
+    return [*out, row("logits on disk", "0 bytes", f"0 bytes, files run in step; llama-perplexity's {theirs}")]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tools", type=Path)
-    parser.add_argument("base", type=Path)
-    parser.add_argument("candidates", type=Path, nargs="+")
+    parser.add_argument("files", type=Path, nargs="*", help="the base, then candidates")
     parser.add_argument("--text", type=Path)
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--chunks", type=int, default=24)
     parser.add_argument("--threads", type=int, default=int(os.environ.get("OMP_NUM_THREADS", "1")))
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    found = measure(options.tools, open_gguf(options.base), [open_gguf(p) for p in options.candidates], options)
-    if options.json:
-        print(json.dumps(found))
-        return
-    for row in found["rows"]:
-        mine, other = row["ours"], row["theirs"]
-        print(f"{row['candidate']}: {row['tokens']} tokens, n = {row['chunks']} chunks")
-        for key in LINES:
-            print(f"  {key:13} ours {mine[key]:.6f}  theirs {other[key]:.6f}")
-        print(f"  mean {100 * row['mean_difference']:+.2f} %, median {100 * row['median_difference']:+.2f} %")
-    print(f"ours {found['our_seconds']:.1f} s, theirs {found['their_seconds']:.1f} s and")
-    print(f"  {found['their_logits_bytes']} bytes of logits on disk (ours 0)")
+    found = []
+    with tempfile.TemporaryDirectory() as folder:
+        made = (demo_files(name, Path(folder) / name) for name in ("dense", "moe"))
+        for files in [options.files] if options.files else made:
+            base, *candidates = map(open_gguf, files)
+            found.append(measure(options.tools, base, candidates, options))
+    show({"rows": lines(found), "compared": found}, as_json=options.json)
 
 
 if __name__ == "__main__":

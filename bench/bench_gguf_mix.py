@@ -33,7 +33,7 @@ from gemcut.gguf_file import open_gguf
 from gemcut.observe.run import observe
 from gemcut.records.curvature import save_curvature
 from gemcut.stream.corpus import load_corpus
-from rows import Row, interval, row, show, spell
+from rows import Line, interval, row, show, spell
 from texts import CALIBRATION, DEMO, unseen
 
 STOCK = ("Q4_K_M", "Q3_K_M", "IQ2_M")
@@ -120,7 +120,7 @@ def tier(name: str, i: int, chunks: KldChunks, size: int) -> dict[str, Any]:
     return {"tier": name, "bytes": size, "kld": interval(chunks.mean(at)), "solved_ratio": ratio}
 
 
-def rows(found: dict[str, Any]) -> Iterator[Row]:
+def rows(found: dict[str, Any]) -> Iterator[Line]:
     """Lines for the page of figures."""
     for kind, one in found.items():
         many = f"n = {one['chunks']} chunks, {one['tokens']:,} tokens"

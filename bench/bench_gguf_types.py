@@ -31,8 +31,9 @@ from gemcut.export.mix.shapes import quantisable
 from gemcut.export.mix.stock import stock_types
 from gemcut.export.mix.tables import FILE_TYPES
 from gemcut.families.gguf import GgufLayout, GgufTensor
+from rows import row, show
+from texts import DEMO
 
-DEMO = Path(__file__).resolve().parent.parent / "demo"
 _SAID = re.compile(r"\]\s+(\S+)\s+- \[.*?\], type =\s*(\w+), size = .*?(?:\((\w+)\))?$")
 REFUSED = "refused"
 LARGE_ENDS = ("--token-embedding-type", "q8_0", "--output-tensor-type", "q8_0")
@@ -293,7 +294,7 @@ def main() -> None:
     parser.add_argument("--goldens", type=Path)
     parser.add_argument("--json", action="store_true")
     asked = parser.parse_args()
-    rows, goldens = [], {}
+    found, goldens = [], {}
     with tempfile.TemporaryDirectory() as scratch:
         imatrix = Path(scratch) / "imatrix.gguf"
         write_imatrix(imatrix)
@@ -314,19 +315,23 @@ def main() -> None:
                 wrong += len(differ)
                 for name in sorted(differ)[:3]:
                     print(f"{case}, {run}: {name}: {said[run.name].get(name)}, ours {mine.get(name)}", file=sys.stderr)
-            rows.append({"model": case, "runs": len(said), "refused": sum(not v for v in said.values()),
+            found.append({"model": case, "runs": len(said), "refused": sum(not v for v in said.values()),
                          "types": tensors, "differ": wrong})  # fmt: skip
             if case != "26B-109e":  # as 98e
                 goldens[case] = golden(layout, said)
             path.unlink()
     if asked.goldens:
         asked.goldens.write_text(spell(goldens))
-    if asked.json:
-        print(json.dumps(rows))
-    else:
-        for row in rows:
-            print("{model:<14} {runs:>4} runs ({refused} refused) {types:>7} types {differ:>5} differ".format(**row))
-    sys.exit(any(row["differ"] for row in rows))
+    told = [
+        row(
+            f"{one['model']}: types that differ from llama-quantize's",
+            "0",
+            f"{one['differ']} of {one['types']:,}, in {one['runs']} runs ({one['refused']} refused by both)",
+        )
+        for one in found
+    ]
+    show({"rows": told, "models": found}, as_json=asked.json)
+    sys.exit(any(one["differ"] for one in found))
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ from gemcut.surgery.heal.layer import Tap
 from gemcut.surgery.heal.settings import HealSettings, Job, jobs_of
 from gemcut.surgery.heal.stream import heal
 from gemcut.types import Estimate, HeadImportance, Plan, Replace, Scores
-from rows import Row, interval, load, row, show, spell
+from rows import Line, interval, load_average, row, show, spell
 from texts import CALIBRATION, DEMO, unseen
 
 SELECTIONS = ("random", "norm", "taylor", "loo", "obs")
@@ -242,7 +242,7 @@ class Bench:
             "default": HEAD_DEFAULT, "cells": cells, "removed": removed, "against_card": against, "ranks": ranks,
             "seconds": self.seconds, "loo_passes": round(size.passes / depth, 1), "layers_healed": sum(self.used),
             "layers_tried": len(self.used), "tokens": self.calibration.tokens, "loo_tokens": self.loo_corpus.tokens,
-            "held_out_tokens": int(found.tokens.sum()), "chunks": len(found.tokens), "load": load(),
+            "held_out_tokens": int(found.tokens.sum()), "chunks": len(found.tokens), "load": load_average(),
         }  # fmt: skip
 
 
@@ -287,16 +287,16 @@ def solve() -> dict[str, Any]:
     return {
         "columns": COLUMNS, "hidden": HIDDEN, "tokens": fit.n, "threads": torch.get_num_threads(),
         "gram_seconds": round(seconds, 1), "solve_seconds": round(took, 1), "peak_bytes": int(peak.split()[1]) * 1024,
-        "load": load(),
+        "load": load_average(),
     }  # fmt: skip
 
 
 # ---------------------------------------------------------------- tables
 
 
-def rows(found: dict[str, Any]) -> list[Row]:
+def rows(found: dict[str, Any]) -> list[Line]:
     """Lines of docs/bench.md."""
-    out: list[Row] = []
+    out: list[Line] = []
     if "heads" in found:
         out += _head_rows(found["heads"])
     if "solve" in found:
@@ -313,7 +313,7 @@ def rows(found: dict[str, Any]) -> list[Row]:
     return out
 
 
-def _head_rows(r: Mapping[str, Any]) -> list[Row]:
+def _head_rows(r: Mapping[str, Any]) -> list[Line]:
     n = f"{r['held_out_tokens']} held-out tokens, n = {r['chunks']} items"
     names = list(dict.fromkeys(cell["selection"] for cell in r["cells"]))
     table = {(c["selection"], c["share"], c["heal"]): c for c in r["cells"]}

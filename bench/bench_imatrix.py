@@ -14,9 +14,9 @@ import argparse
 import json
 import os
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -28,15 +28,17 @@ from gemcut.observe.run import observe
 from gemcut.observe.settings import ObserveSettings
 from gemcut.stream.corpus import Corpus, Row
 from gemcut.stream.rendering import open_tokenizer, render_text
+from rows import Line, row, show
+from texts import CALIBRATION
 
-CORPUS = Path(__file__).resolve().parents[1] / "demo" / "corpus" / "calibration.jsonl"
 CHUNK = 512
 LIMIT = 0.03
+DTYPES = ("bfloat16", "float32")
 
 
 def text_of(characters: int) -> str:
     """The plain items of the calibration corpus, one after the other."""
-    records = [json.loads(line) for line in CORPUS.read_text().splitlines()]
+    records = [json.loads(line) for line in CALIBRATION.read_text().splitlines()]
     return "\n\n".join(record["text"] for record in records if "text" in record)[:characters]
 
 
@@ -44,12 +46,12 @@ def chunks(checkpoint: Checkpoint, text: str) -> Corpus:
     """What llama-imatrix makes of a text: whole chunks, the first token of each replaced."""
     tokenizer = open_tokenizer(checkpoint.path)
     ids = np.asarray(render_text(tokenizer, text, "text").ids, np.int64)
-    rows = []
+    items = []
     for i in range(len(ids) // CHUNK):
-        row = ids[i * CHUNK : (i + 1) * CHUNK].copy()
-        row[0] = tokenizer.bos_id
-        rows.append(Row(f"chunk-{i}", "text", row, 1.0))
-    return Corpus(tuple(rows), "0" * 64, tokenizer.template_hash, tokenizer.hash, "text: added", CHUNK, 0, ("text",))
+        chunk = ids[i * CHUNK : (i + 1) * CHUNK].copy()
+        chunk[0] = tokenizer.bos_id
+        items.append(Row(f"chunk-{i}", "text", chunk, 1.0))
+    return Corpus(tuple(items), "0" * 64, tokenizer.template_hash, tokenizer.hash, "text: added", CHUNK, 0, ("text",))
 
 
 def run(*command: object) -> str:
@@ -81,7 +83,7 @@ def difference(ours: Imatrix, theirs: Imatrix) -> dict[str, object]:
     }
 
 
-def compare(name: str, tools: Path, folder: Path, characters: int) -> dict[str, object]:
+def compare(name: str, tools: Path, folder: Path, characters: int) -> dict[str, Any]:
     """One demo checkpoint."""
     checkpoint = models.open_model(name)
     exports = exporting.plan_export(checkpoint, exporting.GgufWords(("BF16",)))
@@ -98,8 +100,8 @@ def compare(name: str, tools: Path, folder: Path, characters: int) -> dict[str, 
     routers = {tensor.name for tensor in layout.tensors if tensor.keep_f32}
     quantised = {key: entry for key, entry in theirs.entries.items() if key not in routers}
     fitted = fit(Imatrix(quantised, theirs.datasets, theirs.chunks, theirs.chunk_size), layout)
-    found: dict[str, object] = {"model": name, "tokens": corpus.tokens}
-    for dtype in ("bfloat16", "float32"):
+    found: dict[str, Any] = {"model": name, "tokens": corpus.tokens}
+    for dtype in DTYPES:
         statistics = observe(checkpoint, corpus, folder / dtype, settings=ObserveSettings(dtype=dtype))
         ours = from_statistics(statistics, layout, prior=0)
         found[dtype] = difference(ours, fitted)
@@ -110,6 +112,26 @@ def compare(name: str, tools: Path, folder: Path, characters: int) -> dict[str, 
     shown = run(tools / "llama-imatrix", "-m", model, "--in-file", folder / "ours.gguf", "--show-statistics")
     found["statistics_tensors"] = shown.count("\tffn_") + shown.count("\tattn_")
     return found
+
+
+def rows(results: list[dict[str, Any]]) -> list[Line]:
+    """Lines of docs/bench.md."""
+    out = []
+    for one in results:
+        for dtype in DTYPES:
+            d = one[dtype]
+            out.append(
+                row(
+                    f"{one['model']}, {dtype} states: importances of the worst tensor against llama-imatrix's",
+                    f"within {LIMIT:.0%}",
+                    f"{d['worst']:.2%} (`{d['worst_tensor']}`; median of {d['tensors']} tensors {d['median']:.2%}, "
+                    f"worst of {d['units']} units {d['worst_unit']:.2%}); counts within {d['counts']:.2%}; "
+                    f"{one['tokens']:,} tokens",
+                )
+            )
+        found = "all tensors found" if one["quantise_found_all"] else "TENSORS MISSING"
+        out.append(row(f"{one['model']}: llama-quantize with our file", "finds all", found))
+    return out
 
 
 def main() -> int:
@@ -123,21 +145,8 @@ def main() -> int:
     for name in ("demo:dense", "demo:moe"):
         with tempfile.TemporaryDirectory() as folder:
             results.append(compare(name, args.tools, Path(folder), args.characters))
-    within = all(one[dtype]["worst"] <= LIMIT for one in results for dtype in ("bfloat16", "float32"))
-    if args.json:
-        json.dump({"limit": LIMIT, "within_limit": within, "results": results}, sys.stdout, indent=2)
-        print()
-        return 0 if within else 1
-    print(f"relative L2 per tensor against llama-imatrix, limit {LIMIT:.0%}")
-    for one in results:
-        for dtype in ("bfloat16", "float32"):
-            d = one[dtype]
-            print(
-                f"{one['model']:11} {dtype:9} {one['tokens']:,} tokens, {d['tensors']} tensors: "
-                f"median {d['median']:.2%}, worst {d['worst']:.2%} ({d['worst_tensor']}); "
-                f"worst of {d['units']} units {d['worst_unit']:.2%}; counts within {d['counts']:.2%}"
-            )
-        print(f"{'':11} llama-quantize found every tensor: {one['quantise_found_all']}; not ours: {one['only_theirs']}")
+    within = all(one[dtype]["worst"] <= LIMIT for one in results for dtype in DTYPES)
+    show({"rows": rows(results), "limit": LIMIT, "within_limit": within, "results": results}, as_json=args.json)
     return 0 if within else 1
 
 

@@ -24,7 +24,7 @@ import torch
 from gemcut.checkpoint import open_checkpoint
 from gemcut.evaluate.kld import KldSettings, kld_chunks
 from gemcut.gguf_file import open_gguf
-from rows import Row, interval, row, show, spell
+from rows import Line, interval, row, show, spell
 from texts import CALIBRATION, DEMO, unseen
 
 TYPES = (
@@ -90,7 +90,7 @@ def measure(name: str, types: list[str], tokens: int) -> dict[str, Any]:
     return {"tokens": int(found.tokens.sum()), "chunks": len(found.tokens), "types": rows}
 
 
-def lines(found: Mapping[str, Any]) -> Iterator[Row]:
+def lines(found: Mapping[str, Any]) -> Iterator[Line]:
     """Lines for the page of figures."""
     for name, one in found.items():
         for each in one["types"]:

@@ -23,7 +23,7 @@ from gemcut.checkpoint import open_checkpoint
 from gemcut.plan import plan_experts
 from gemcut.stream.corpus import load_corpus
 from gemcut.types import Plan, Scores
-from rows import Row, row, show
+from rows import Line, row, show
 
 
 def random_plan(keep: int) -> Plan:
@@ -83,7 +83,7 @@ def measure(keep: int, items: int) -> dict[str, object]:
     }  # fmt: skip
 
 
-def rows(r: dict[str, object]) -> list[Row]:
+def rows(r: dict[str, object]) -> list[Line]:
     """Lines of docs/bench.md."""
     n = f"n = {r['tokens']} tokens of {r['items']} items, demo MoE {r['units']} → {r['keep']}, {r['dtype']}, stock "
     n += f"transformers, kept experts in front in both; {r['as_stored']:.1e} with the base's experts in stored order, "

@@ -20,7 +20,7 @@ from typing import Any
 import synthetic
 from gemcut import shipped
 from gemcut.checkpoint import open_checkpoint
-from rows import Row, row, show
+from rows import Line, row, show
 
 # VmHWM begins anew with a new program; ru_maxrss would count the memory of the process that started it.
 _VERB = """
@@ -74,7 +74,7 @@ def measure(folder: Path, layers: int, tokens: int) -> dict[str, Any]:
     }
 
 
-def rows(r: dict[str, Any]) -> list[Row]:
+def rows(r: dict[str, Any]) -> list[Line]:
     """Lines of docs/bench.md."""
     where = f"{r['layers']} layers of {r['layer_bytes'] / 2**30:.2f} GiB"
     tokens = {"observe": f", {r['tokens']} tokens", "kld": f", {r['tokens']} tokens, base and one candidate"}

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import synthetic
-from rows import Row, row, show
+from rows import Line, row, show
 
 RUN_TOKENS = 400_000
 SLIDING, FULL = 25, 5  # of the 30 layers of 26B-A4B
@@ -172,7 +172,7 @@ def ratios(sliding: dict[str, Any], full: dict[str, Any], what: str) -> list[flo
     return [(SLIDING * a + FULL * b) / (SLIDING * c + FULL * d) for a, b, c, d in zip(*series, strict=True)]
 
 
-def rows(found: dict[str, Any]) -> list[Row]:
+def rows(found: dict[str, Any]) -> list[Line]:
     """Lines of docs/bench.md."""
     out = []
     if "cost" in found:

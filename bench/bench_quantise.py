@@ -10,7 +10,6 @@ importances where the type takes them. Tables of the IQ types are built before t
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Callable
 from typing import Any
@@ -20,6 +19,7 @@ import numpy as np
 from gemcut.ggml.library import load
 from gemcut.ggml.quantise import quantise
 from gemcut.ggml.types import GgmlType, fits, tensor_bytes
+from rows import Line, load_average, row, show
 
 WHOLE = {"I8", "I16", "I32", "I64", "F64"}
 RUNS = 3
@@ -53,6 +53,21 @@ def measure(kind: GgmlType, rows: int, columns: int) -> dict[str, Any]:
     }
 
 
+def rows(r: dict[str, Any]) -> list[Line]:
+    """Lines of docs/bench.md."""
+    where = f"a {r['rows_of_matrix']} × {r['columns']} matrix, best of {r['runs']}"
+    return [
+        row(
+            f"{one['type']}, one core",
+            "",
+            f"kernel {one['kernel_mb_s']:,.1f} MB of bf16 a second, with our checks {one['ours_mb_s']:,.1f}"
+            + (f"; its tables once {one['table_seconds']:.2f} s" if one["table_seconds"] >= 0.01 else "")
+            + f"; {where}",
+        )
+        for one in r["types"]
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=256)
@@ -61,11 +76,9 @@ def main() -> None:
     options = parser.parse_args()
     kinds = [kind for kind in GgmlType if kind.name not in WHOLE and fits(kind, options.columns)]
     found = [measure(kind, options.rows, options.columns) for kind in kinds]
-    if options.json:
-        print(json.dumps({"runs": RUNS, "types": found}))
-        return
-    for one in found:
-        print("{type:8} kernel {kernel_mb_s:8.1f}  ours {ours_mb_s:8.1f}  tables {table_seconds:6.2f} s".format(**one))
+    size = {"rows_of_matrix": options.rows, "columns": options.columns}
+    answer = {"runs": RUNS, **size, "types": found, "load": load_average()}
+    show({**answer, "rows": rows(answer)}, as_json=options.json)
 
 
 if __name__ == "__main__":

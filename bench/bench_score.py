@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from rows import Row, row, show
+from rows import Line, row, show
 
 ROOT = Path(__file__).resolve().parents[1]
 LIMIT_SECONDS = 5.0
@@ -58,7 +58,7 @@ def measure(folder: Path, draws: int) -> dict[str, object]:
     }
 
 
-def rows(r: dict[str, Any]) -> list[Row]:
+def rows(r: dict[str, Any]) -> list[Line]:
     """Lines of docs/bench.md."""
     size = f"{r['layers']} × {r['experts']}, {r['questions']} questions, {len(r['criteria_seconds'])} criteria, n = 1"
     resample = r["resample_seconds"] + r["plan_seconds"]

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import synthetic
-from rows import Row, row, show
+from rows import Line, row, show
 
 LIMITS = {"help": 0.2, "inspect": 0.5}
 
@@ -33,7 +33,7 @@ def seconds(command: list[str], runs: int) -> dict[str, float]:
     return {"least": round(min(times[1:]), 4), "median": round(statistics.median(times[1:]), 4), "runs": runs}
 
 
-def rows(r: dict[str, Any]) -> list[Row]:
+def rows(r: dict[str, Any]) -> list[Line]:
     """Lines of docs/bench.md."""
     size = f"{r['tensors']} tensors, {r['size_bytes'] / 1e9:.1f} GB of headers' worth"
     python = f"a bare Python: {r['python']['median']:.3f} s"

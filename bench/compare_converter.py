@@ -1,6 +1,6 @@
 """Compare what gemcut says a GGUF file holds with what llama.cpp's converter writes, key by key and tensor by tensor.
 
-    python bench/compare_converter.py LLAMA_CPP_SOURCE [FOLDER …] [--json result.json]
+    python bench/compare_converter.py LLAMA_CPP_SOURCE [FOLDER …] [--json]
     python bench/compare_converter.py LLAMA_CPP_SOURCE demo/dense demo/moe demo/moe-drafter --golden tests/golden
 
 Without folders: the demo checkpoints, a tiny random checkpoint of every kind, a drafter, a vision tower, and trunks
@@ -36,6 +36,7 @@ from gemcut.families.gguf import GgufLayout, GgufTensor, Value
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 from gguf_facts import as_stored, golden_keys, golden_tensor, values_of  # noqa: E402
+from rows import row, show  # noqa: E402
 
 BF16_FILE = 32  # general.file_type of --outtype bf16
 CARD = """---
@@ -193,7 +194,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path)
     parser.add_argument("folders", type=Path, nargs="*")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", action="store_true")
     parser.add_argument("--golden", type=Path)
     args = parser.parse_intermixed_args()
     with tempfile.TemporaryDirectory() as scratch:
@@ -203,11 +204,12 @@ def main() -> None:
         for folder in folders:
             for name, lines in compare(args.source, folder, Path(scratch), args.golden).items():
                 found[name] = lines
-                print(f"{name:36} {'equal' if not lines else f'{len(lines)} differences'}", flush=True)
+                print(f"{name:36} {'equal' if not lines else f'{len(lines)} differences'}", file=sys.stderr, flush=True)
                 for line in lines:
-                    print(f"    {line}", flush=True)
-    if args.json:
-        args.json.write_text(json.dumps(found, indent=2) + "\n")
+                    print(f"    {line}", file=sys.stderr, flush=True)
+    told = f"{sum(map(len, found.values()))}, in {len(found)} files: {', '.join(found)}"
+    what = "keys, tensors and values that differ from the converter's"
+    show({"rows": [row(what, "0", told)], "differences": found}, as_json=args.json)
     sys.exit(1 if any(found.values()) else 0)
 
 

@@ -1,6 +1,6 @@
 """Compare gemcut's GGUF files with those of llama.cpp's converter and llama-quantize: every type, every byte.
 
-    python bench/compare_gguf.py LLAMA_CPP_SOURCE LLAMA_CPP_BIN [FOLDER …] [--json result.json] [--golden FILE]
+    python bench/compare_gguf.py LLAMA_CPP_SOURCE LLAMA_CPP_BIN [FOLDER …] [--json] [--golden FILE]
 
 For each folder (the demo trunks by default) and each file type of llama-quantize, with and without importances:
 converter with `--outtype bf16`, so that nothing is rounded on the way, then llama-quantize; against `gemcut gguf`.
@@ -27,8 +27,15 @@ from gemcut.checkpoint import Checkpoint, open_checkpoint  # noqa: E402
 from gemcut.export.layout import layout_of  # noqa: E402
 from gemcut.gguf_file import GgufFile, read_gguf  # noqa: E402
 from golden_gguf import TYPES, digests, made_imatrix, payload_digest, possible, write_types  # noqa: E402
+from rows import row, show  # noqa: E402
+from texts import DEMO  # noqa: E402
 
+HOW = {"plain": "without", "imatrix": "with"}
 OURS = ("gemcut.", "quantize.imatrix.file")  # keys that only gemcut writes, or writes without the folder
+
+
+def tell(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def quantize(binaries: Path, source: Path, out: Path, kind: str, imatrix: Path | None) -> str:
@@ -70,20 +77,20 @@ def compare(checkpoint: Checkpoint, source: Path, binaries: Path, types: list[st
         able = [name for name in types if name in possible(layout, imatrix=given is not None)]
         began = time.perf_counter()
         files = write_types(checkpoint, able, given, work / how, threads=1)
-        print(f"{checkpoint.name}, {how}: {len(able)} types in {time.perf_counter() - began:.0f} s", flush=True)
+        tell(f"{checkpoint.name}, {how}: {len(able)} types in {time.perf_counter() - began:.0f} s")
         ours = digests(files)
         for name in types:
             reference = work / "reference.gguf"
             refused = quantize(binaries, base, reference, name, given)
             if refused or name not in able:
                 agreed = bool(refused) and name not in able
-                print(f"  {name:10} {how:8} {'both refuse' if agreed else f'REFUSED BY ONE: {refused}'}", flush=True)
+                tell(f"  {name:10} {how:8} {'both refuse' if agreed else f'REFUSED BY ONE: {refused}'}")
                 wrong += not agreed
                 continue
             theirs = read_gguf(reference)
             list_ = differences(read_gguf(files[name]), theirs)
             assert bool(list_) or payload_digest(theirs) == ours[name]
-            print(f"  {name:10} {how:8} {'equal' if not list_ else 'DIFFERS: ' + '; '.join(list_[:3])}", flush=True)
+            tell(f"  {name:10} {how:8} {'equal' if not list_ else 'DIFFERS: ' + '; '.join(list_[:3])}")
             wrong += bool(list_)
             found[how][name] = ours[name]
             reference.unlink()
@@ -92,26 +99,26 @@ def compare(checkpoint: Checkpoint, source: Path, binaries: Path, types: list[st
 
 
 def main() -> int:
-    """Print a line per type; 1 where anything differs."""
+    """Tell a line per type on stderr; 1 where anything differs."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("source", type=Path)
     parser.add_argument("binaries", type=Path)
-    parser.add_argument("folders", type=Path, nargs="*", default=[ROOT / "demo" / "dense", ROOT / "demo" / "moe"])
+    parser.add_argument("folders", type=Path, nargs="*", default=[DEMO / "dense", DEMO / "moe"])
     parser.add_argument("--types", nargs="*", default=list(TYPES))
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", action="store_true")
     parser.add_argument("--golden", type=Path)
     args = parser.parse_args()
-    results, wrong = {}, 0
+    results, rows, wrong = {}, [], 0
     for folder in args.folders:
         with tempfile.TemporaryDirectory() as work:
             found, bad = compare(open_checkpoint(folder), args.source, args.binaries, args.types, Path(work))
         results[folder.name] = found
         wrong += bad
-    files = sum(len(types) for found in results.values() for types in found.values())
-    print(f"{files} files compared, {wrong} differ")
-    for path in (args.json, args.golden if not wrong else None):
-        if path is not None:
-            path.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
+        files = " and ".join(f"{len(types)} {HOW[how]} importances" for how, types in found.items())
+        rows.append(row(f"{folder.name}: files that differ from converter + llama-quantize", "0", f"{bad}; {files}"))
+    show({"rows": rows, "digests": results}, as_json=args.json)
+    if args.golden and not wrong:
+        args.golden.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
     return 1 if wrong else 0
 
 

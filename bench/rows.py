@@ -12,10 +12,10 @@ from typing import Any, TypeAlias
 
 from gemcut.types import Estimate
 
-Row: TypeAlias = dict[str, str]
+Line: TypeAlias = dict[str, str]
 
 
-def row(what: str, target: str, measured: str) -> Row:
+def row(what: str, target: str, measured: str) -> Line:
     """One line. target is "" where a figure is only told."""
     return {"what": what, "target": target, "measured": measured}
 
@@ -30,7 +30,7 @@ def spell(one: Mapping[str, float], form: str = ".3f", unit: str = "") -> str:
     return f"{one['value']:{form}}{unit} [{one['low']:{form}}, {one['high']:{form}}]"
 
 
-def load() -> float:
+def load_average() -> float:
     """Processes that wanted a core in the last five minutes: above the number of cores, seconds say little."""
     return round(os.getloadavg()[1], 1)
 

@@ -1,9 +1,15 @@
-"""Every performance figure, one after another on this machine, as the tables of docs/bench.md.
+"""The performance figures, one bench after another on this machine, as the tables of docs/bench.md.
 
-    python bench/run.py [--out docs/bench.md] [--only cut,observe] [--records DIR]
+    python bench/run.py [--only cut,observe] [--reference DIR]
+    python bench/run.py --page       only write the page anew
+    python bench/run.py --check      exit 1 if the page is not what the records say
 
 Each bench is a process of its own that prints JSON; nothing else should run meanwhile. Ratios are formed inside one
-bench, never across machines. With `--records` the JSON answers are kept, and figures not run again come from there.
+bench, never across machines. Its answer is kept in bench/records, beside machine and date, and the page is made of all
+the records: what is not run again stays. `--only` takes names of benches or of chapters.
+
+Benches that hold gemcut against llama.cpp's tools need them: `--reference` names a folder with its source in `src/` and
+the tools built from it in `build/bin/`. Without, they are skipped, and said so.
 """
 
 from __future__ import annotations
@@ -14,92 +20,97 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-Row = tuple[str, str, str]  # what, target, measured
+RECORDS = HERE / "records"
+PAGE = HERE.parent / "docs" / "bench.md"
+ROOT, SOURCE, TOOLS = "{reference}", "{reference}/src", "{reference}/build/bin"
 
 
-def gib(size: float) -> str:
-    return f"{size / 2**30:.2f} GiB"
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """A script of this folder with its words, and what the reader should know of its table."""
+
+    command: tuple[str, ...]
+    about: str = ""
+
+    @property
+    def needs_reference(self) -> bool:
+        return any(ROOT in word for word in self.command)
 
 
-def start_rows(r: dict[str, Any]) -> list[Row]:
-    shown = (
-        f"{r['tensors']} tensors, {r['size_bytes'] / 1e9:.1f} GB of headers' worth, median of {r['help']['runs']} runs"
-    )
-    return [
-        ("`gemcut --help`", "≤ 0.2 s", f"{r['help']['median']:.3f} s (a bare Python: {r['python']['median']:.3f} s)"),
-        ("`gemcut inspect`, 30 layers of real geometry", "≤ 0.5 s", f"{r['inspect']['median']:.3f} s; {shown}"),
-    ]
+@dataclass(frozen=True, slots=True)
+class Chapter:
+    """A heading of the page.   about: a paragraph under it."""
+
+    title: str
+    about: str
+    benches: dict[str, Bench]
 
 
-def score_rows(r: dict[str, Any]) -> list[Row]:
-    size = f"{r['layers']} × {r['experts']}, {r['questions']} questions, {len(r['criteria_seconds'])} criteria, n = 1"
-    return [
-        ("`score`, all criteria, from disk", "≤ 5 s", f"{r['all_scores_seconds']:.2f} s; {size}"),
-        (f"`plan` with {r['resample_draws']} resamples", "", f"{r['resample_seconds'] + r['plan_seconds']:.2f} s"),
-    ]
+_TRUNKS = "The trained demo trunks, on held-out text that nobody looked at; intervals are 95 %, from a bootstrap over"
 
-
-def cut_rows(r: dict[str, Any]) -> list[Row]:
-    what = (
-        f"`cut` {r['experts']}, {r['in_bytes'] / 1e9:.1f} → {r['out_bytes'] / 1e9:.1f} GB, hashes and manifest included"
-    )
-    rows = [
-        (
-            f"{what}; {cache} cache",
-            "≥ 0.8 of `cp`" if cache == "cold" else "",
-            f"{one['cut_speed_of_cp']:.2f} of `cp` ({one['cut_seconds']:.1f} s against {one['cp_seconds']:.1f} s, "
-            f"medians of n = {one['n']})",
-        )
-        for cache, one in r["summary"].items()
-    ]
-    return [
-        *rows,
-        ("`cut`, peak memory", "≤ 512 MiB", f"{r['peak_mib']:.0f} MiB"),
-        ("`cut`, repeated", "byte-identical", f"{r['byte_identical_runs']} runs identical"),
-    ]
-
-
-def told_rows(r: dict[str, Any]) -> list[Row]:
-    """Of a bench that words its own lines."""
-    return [(row["what"], row["target"], row["measured"]) for row in r["rows"]]
-
-
-def memory_rows(r: dict[str, Any]) -> list[Row]:
-    where = f"{r['layers']} layers of {r['layer_bytes'] / 2**30:.2f} GiB"
-    tokens = {"observe": f", {r['tokens']} tokens", "kld": f", {r['tokens']} tokens, base and one candidate"}
-    return [
-        (
-            f"`{verb}`, peak memory",
-            "",
-            f"{row['peak_bytes'] / 2**20:.0f} MiB ({where}{tokens.get(verb, '')}; {row['seconds']:.1f} s)",
-        )
-        for verb, row in r["verbs"].items()
-    ]
-
-
-def mask_rows(r: dict[str, Any]) -> list[Row]:
-    n = f"n = {r['tokens']} tokens of {r['items']} items, demo MoE {r['units']} → {r['keep']}, {r['dtype']}, stock "
-    n += f"transformers, kept experts in front in both; {r['as_stored']:.1e} with the base's experts in stored order, "
-    n += "where its softmax adds the same numbers in another order"
-    return [("drop against router-masked base", "max \\|Δlogit\\| = 0.0", f"{r['max_abs_logit_difference']}; {n}")]
-
-
-BENCHES: dict[str, tuple[list[str], Callable[[dict[str, Any]], list[Row]]]] = {
-    "cut": (["bench_cut.py"], cut_rows),
-    "observe": (["bench_observe.py"], told_rows),
-    "score": (["bench_score.py"], score_rows),
-    "heads": (["bench_heads.py", "--only", "heads"], told_rows),
-    "solve": (["bench_heads.py", "--only", "solve"], told_rows),
-    "mix": (["bench_gguf_mix.py"], told_rows),
-    "start": (["bench_start.py"], start_rows),
-    "mask": (["bench_mask.py"], mask_rows),
-    "memory": (["bench_memory.py"], memory_rows),
+# A new bench is a line here; it prints {"rows": …} with `--json` (see rows.py).
+CHAPTERS = {
+    "experts": Chapter(
+        "Observe, score, cut",
+        "Synthetic checkpoints have the layer geometry of 26B-A4B (hidden 2816, 128 experts of width 704, dense 2112, "
+        "16 heads, 8 and 2 KV heads) and fewer layers.",
+        {
+            "cut": Bench(("bench_cut.py",)),
+            "observe": Bench(("bench_observe.py",)),
+            "score": Bench(("bench_score.py",)),
+            "start": Bench(("bench_start.py",)),
+            "mask": Bench(("bench_mask.py",)),
+            "memory": Bench(("bench_memory.py",)),
+        },
+    ),
+    "heads": Chapter(
+        "Cuts of heads",
+        "Measured on the trained demo dense checkpoint; the memory of a solve at the width of 31B.",
+        {
+            "heads": Bench(("bench_heads.py", "--only", "heads")),
+            "solve": Bench(("bench_heads.py", "--only", "solve")),
+        },
+    ),
+    "gguf": Chapter(
+        "GGUF",
+        "The reference is llama.cpp's own converter and tools, built from source for AVX2.",
+        {
+            "gguf-time": Bench(
+                ("bench_gguf.py", "time", SOURCE, TOOLS),
+                "Both sides quantise with the same kernels; what can differ is everything around them.",
+            ),
+            "gguf-memory": Bench(("bench_gguf.py", "memory")),
+            "quantise": Bench(("bench_quantise.py",)),
+            "gguf-bytes": Bench(
+                ("compare_gguf.py", SOURCE, TOOLS),
+                "Every file type of llama-quantize: names, order, types, shapes and bytes of all tensors; metadata.",
+            ),
+            "gguf-types": Bench(("bench_gguf_types.py", ROOT), "Demo trunks, and headers of real geometries."),
+            "gguf-keys": Bench(("compare_converter.py", SOURCE)),
+            "gguf-kld": Bench(("bench_gguf_kld.py", TOOLS), "Against the trunk itself in F32, on the same chunks."),
+            "imatrix": Bench(("bench_imatrix.py", TOOLS), "From one text, the same tokens on both sides."),
+            "imatrix-auto": Bench(("bench_imatrix_auto.py",), f"{_TRUNKS} items."),
+            "mix": Bench(("bench_gguf_mix.py",), f"{_TRUNKS} chunks."),
+        },
+    ),
 }
+BENCHES = {name: bench for chapter in CHAPTERS.values() for name, bench in chapter.benches.items()}
+
+
+def named(words: str) -> list[str]:
+    """Benches by name or chapter, each once, in the order of the page."""
+    asked = set(words.split(","))
+    unknown = asked - BENCHES.keys() - CHAPTERS.keys()
+    if unknown:
+        sys.exit(f"no such bench: {', '.join(sorted(unknown))}; there are {', '.join([*CHAPTERS, *BENCHES])}")
+    return [name for key, one in CHAPTERS.items() for name in one.benches if {name, key} & asked]
 
 
 def processor() -> str:
@@ -113,63 +124,110 @@ def processor() -> str:
     return platform.machine()
 
 
-def page(found: dict[str, dict[str, Any]]) -> str:
-    """docs/bench.md."""
+def this_machine() -> str:
+    """What a figure depends on; no host."""
     from gemcut import machine
 
+    stack = machine.stack()
+    return (
+        f"{processor()}, {machine.cores()} cores, {machine.total_bytes() / 2**30:.2f} GiB of memory, no GPU; "
+        f"torch {stack['torch']}, transformers {stack['transformers']}"
+    )
+
+
+def run(name: str, reference: Path | None) -> bool:
+    """Run one bench and keep its answer. False where there is none; its old record stays."""
+    bench = BENCHES[name]
+    if bench.needs_reference and reference is None:
+        print(f"{name}: skipped, it needs llama.cpp's tools (--reference)", file=sys.stderr)
+        return True
+    script, *words = (word.replace(ROOT, str(reference)) for word in bench.command)
+    print(f"== {name}: {' '.join(bench.command)}", file=sys.stderr, flush=True)
+    began, load = time.perf_counter(), os.getloadavg()[0]
+    command = [sys.executable, str(HERE / script), "--json", *words]
+    done = subprocess.run(command, stdout=subprocess.PIPE, check=False)
+    try:
+        answer = json.loads(done.stdout)
+    except ValueError:
+        print(f"{name}: no answer (exit {done.returncode})", file=sys.stderr)
+        return False
+    seconds = time.perf_counter() - began
+    keep(name, answer, seconds=round(seconds), load_before=round(load, 1))
+    print(f"== {name}: {seconds:.0f} s", file=sys.stderr, flush=True)
+    return True
+
+
+def keep(name: str, answer: dict[str, Any], **facts: float) -> None:
+    """Write a record."""
+    RECORDS.mkdir(exist_ok=True)
+    record = {"date": time.strftime("%Y-%m-%d"), "machine": this_machine(), **facts, "answer": answer}
+    (RECORDS / f"{name}.json").write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+
+
+def section(name: str, record: dict[str, Any], machine: str) -> Iterator[str]:
+    """One bench on the page. machine: the page's own, which need not be said again."""
+    bench = BENCHES[name]
+    words = " ".join(word.replace(ROOT, "REFERENCE") for word in bench.command)
+    said = [bench.about] if bench.about else []
+    said += [f"`bench/{words}`, {record['date']}" + (f", {record['machine']}" * (record["machine"] != machine)) + "."]
+    yield from ("", " ".join(said), "", "| what | target | measured |", "|---|---|---|")
+    for one in record["answer"]["rows"]:
+        yield f"| {one['what']} | {one['target']} | {one['measured']} |"
+
+
+def page() -> str:
+    """docs/bench.md, from the records."""
+    records = {
+        name: json.loads((RECORDS / f"{name}.json").read_text())
+        for name in BENCHES
+        if (RECORDS / f"{name}.json").is_file()
+    }
+    machines = [one["machine"] for one in records.values()]
+    usual = max(machines, key=machines.count)
     lines = [
         "<!-- written by bench/run.py: run it again instead of editing -->",
         "",
         "# Measured figures",
         "",
-        f"{processor()}, {machine.cores()} cores, {gib(machine.total_bytes())} of memory, no GPU. "
-        f"torch {machine.stack()['torch']}, transformers {machine.stack()['transformers']}. "
-        "Synthetic checkpoints have the layer geometry of 26B-A4B (hidden 2816, 128 experts of width 704, dense 2112, "
-        "16 heads, 8 and 2 KV heads) and fewer layers; every ratio is formed within one run. "
-        "Cuts of heads are measured on the trained demo dense checkpoint.",
+        f"{usual}, unless a table says otherwise. Every ratio is formed within one run.",
         "",
-        "| what | target | measured |",
-        "|---|---|---|",
+        "```sh",
+        "make bench                  # all of it but what needs llama.cpp",
+        "make bench REFERENCE=DIR    # DIR holds llama.cpp in src/ and its tools in build/bin/",
+        "python bench/run.py --only imatrix,gguf-time --reference DIR   # the rest of the page stays",
+        "```",
     ]
-    for name, (_, rows) in BENCHES.items():
-        if name in found:
-            lines += [f"| {what} | {target} | {measured} |" for what, target, measured in rows(found[name])]
-    lines += ["", "```sh", "make bench", "```", ""]
-    return "\n".join(lines)
+    for chapter in CHAPTERS.values():
+        here = [name for name in chapter.benches if name in records]
+        if here:
+            lines += ["", f"## {chapter.title}", "", chapter.about]
+        for name in here:
+            lines += section(name, records[name], usual)
+    return "\n".join(lines) + "\n"
 
 
 def main() -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path)
     parser.add_argument("--only", default=",".join(BENCHES))
-    parser.add_argument("--records", type=Path, default=HERE.parent / "runs" / "bench")
+    parser.add_argument("--reference", type=Path, help="folder with llama.cpp: src/ and build/bin/")
+    parser.add_argument("--page", action="store_true")
+    parser.add_argument("--check", action="store_true")
     args = parser.parse_args()
-    args.records.mkdir(parents=True, exist_ok=True)
-    for name in args.only.split(","):
-        command, _ = BENCHES[name]
-        print(f"== {' '.join(command)}", file=sys.stderr, flush=True)
-        done = subprocess.run(
-            [sys.executable, str(HERE / command[0]), *command[1:], "--json"], stdout=subprocess.PIPE, check=False
-        )
-        try:
-            answer = json.loads(done.stdout)
-        except ValueError:
-            print(f"{name}: no answer (exit {done.returncode})", file=sys.stderr)
-            continue
-        (args.records / f"{name}.json").write_text(json.dumps(answer, indent=2) + "\n")
-    found = {
-        name: json.loads((args.records / f"{name}.json").read_text())
-        for name in BENCHES
-        if (args.records / f"{name}.json").is_file()
-    }
-    text = page(found)
-    if args.out:
-        args.out.write_text(text)
-    print(text)
-    if os.getloadavg()[0] > os.cpu_count():  # type: ignore[operator]
+    if args.check:
+        if page() != PAGE.read_text():
+            print("docs/bench.md is not what bench/records say: run bench/run.py --page", file=sys.stderr)
+            return 1
+        return 0
+    answered = True
+    if not args.page:
+        reference = args.reference.resolve() if args.reference else None
+        for name in named(args.only):
+            answered &= run(name, reference)
+    PAGE.write_text(page())
+    if not args.page and os.getloadavg()[0] > os.cpu_count() + 1:  # type: ignore[operator]
         print("the machine was loaded: do not keep these figures", file=sys.stderr)
-    return 0
+    return 0 if answered else 1
 
 
 if __name__ == "__main__":

@@ -17,10 +17,9 @@ from gemcut.score.heads import head_criterion_named
 ROOT = Path(__file__).parents[1]
 
 
-def test_written_pages_are_current() -> None:
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "docs" / "build.py"), "--check"], capture_output=True, text=True, check=False
-    )
+@pytest.mark.parametrize("script", ["docs/build.py", "bench/run.py"])
+def test_written_pages_are_current(script: str) -> None:
+    done = subprocess.run([sys.executable, str(ROOT / script), "--check"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 
