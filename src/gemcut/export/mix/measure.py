@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -118,7 +119,7 @@ def measure_damages(
             wanted = [k for k in allowed(tensor, kinds, with_importances=bool(given)) if (tensor.name, k) not in values]
             if wanted:
                 rows = _Rows.of(Source(checkpoint, tensor, buffers), _margins(curvature, tensor), sample_elements)
-                found = pool.map(lambda kind: rows.damage(kind, given, library), wanted)  # noqa: B023 - used up here
+                found = pool.map(partial(rows.damage, given=given, library=library), wanted)
                 for kind, total in zip(wanted, found, strict=True):
                     values[tensor.name, kind] = total / (2 * curvature.tokens)
             if progress is not None:
