@@ -1,8 +1,8 @@
 """Experts as modules of their own, in place of transformers' fused ones: the form that NVFP4 checkpoints store.
 
-A stock model has one tensor for all experts of a layer, so that a folder with a linear for each of them loads without
-an error and leaves every expert random. transformers lets a class be replaced while a model is built; names then line
-up, and compressed-tensors quantises each linear as it does any other.
+A stock model has one tensor for all experts of a layer, so that a folder with linears for each of them loads without an
+error and leaves every expert random. Where the class is replaced while the model is built, names line up, and
+compressed-tensors quantises these linears as it does any others.
 """
 
 from __future__ import annotations
@@ -10,19 +10,17 @@ from __future__ import annotations
 import contextlib
 import importlib
 import itertools
-import sys
 import threading
 from collections.abc import Collection, Iterator
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import nn
 from transformers.activations import ACT2FN
-from transformers.monkey_patching import register_patch_mapping, unregister_patch_mapping
 
 from gemcut.families.base import ExpertModule
 
-_lock = threading.Lock()  # transformers' mapping is one for all threads
+_lock = threading.Lock()  # the class is replaced for all threads
 
 
 class _Expert(nn.Module):
@@ -38,10 +36,7 @@ class _Expert(nn.Module):
 class SeparateExperts(nn.ModuleList):
     """All experts of a layer, called as the fused module is."""
 
-    facts: ClassVar[ExpertModule]
-
-    def __init__(self, config: Any) -> None:
-        facts = self.facts
+    def __init__(self, facts: ExpertModule, config: Any) -> None:
         hidden, inner = int(getattr(config, facts.hidden)), int(getattr(config, facts.inner))
         super().__init__(_Expert(hidden, inner) for _ in range(int(getattr(config, facts.experts))))
         self.activation = ACT2FN[getattr(config, facts.activation)]
@@ -72,24 +67,29 @@ class SeparateExperts(nn.ModuleList):
 def separate_experts(facts: ExpertModule, layers: Collection[int]) -> Iterator[None]:
     """Models built inside have separate experts in these layers, and the stock module in all others.
 
-    The class alone does not know its layer: experts are counted as they are built, which is in the order of layers. A
-    wrong count would show as missing keys. transformers forgets to put the stock class back where building fails, so
-    that is done here.
+    Neither class is told its layer: experts are counted as they are built, which is in the order of layers, and a wrong
+    count would show as missing keys. transformers' own mapping of patched classes is not used: it imports modules that
+    need packages nobody has, just to look at their names, and leaves classes patched where building fails.
     """
     home = importlib.import_module(facts.module)
     stock: type[nn.Module] = getattr(home, facts.name)
     built = itertools.count()
 
-    def new(cls: type[nn.Module], config: Any) -> nn.Module:
-        return nn.Module.__new__(cls) if next(built) in layers else stock(config)
+    class AsStock(type):
+        """transformers asks of each module whether it is stock experts, whose tensors it then fills."""
 
-    patched = type("SeparateExperts", (SeparateExperts,), {"facts": facts, "__new__": new})
+        def __instancecheck__(cls, module: object) -> bool:
+            return isinstance(module, stock)
+
+    class Either(metaclass=AsStock):
+        """What is called as the stock class while a model is built."""
+
+        def __new__(cls, config: Any) -> Any:
+            return SeparateExperts(facts, config) if next(built) in layers else stock(config)
+
     with _lock:
-        register_patch_mapping({facts.name: patched})
+        setattr(home, facts.name, Either)
         try:
             yield
         finally:
-            unregister_patch_mapping([facts.name])
-            for module in list(sys.modules.values()):
-                if getattr(module, "__dict__", {}).get(facts.name) is patched:
-                    setattr(module, facts.name, stock)
+            setattr(home, facts.name, stock)

@@ -182,9 +182,10 @@ def _unpack(model: Any, dtype: torch.dtype) -> None:
 
 @contextlib.contextmanager
 def _quiet(quantised: bool) -> Iterator[None]:
-    """Without progress bars: only the console draws."""
-    bars = transformers_logging.is_progress_bar_enabled()
+    """Without progress bars, which only the console draws, and without warnings: what matters is raised."""
+    bars, level = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
     transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
     others = [importlib.import_module(name) for name in _BARS] if quantised else []
     before = [vars(module)["tqdm"] for module in others]
     for module in others:
@@ -194,6 +195,7 @@ def _quiet(quantised: bool) -> Iterator[None]:
     finally:
         for module, bar in zip(others, before, strict=True):
             vars(module)["tqdm"] = bar
+        transformers_logging.set_verbosity(level)
         if bars:
             transformers_logging.enable_progress_bar()
 
