@@ -18,8 +18,8 @@ from gemcut.export.nvfp4.codec import (
     encode,
     fp8_of_largest,
     global_scale,
+    magnitudes,
     round_into,
-    to_blocks,
 )
 from gemcut.export.nvfp4.scales import block_scales
 from gemcut.nvfp4.decode import E2M1, E4M3, dequantise
@@ -34,8 +34,8 @@ def rounded(y: torch.Tensor) -> torch.Tensor:
 
 def coded(weights: torch.Tensor) -> tuple[Coded, float]:
     scale = global_scale(float(weights.abs().max()))
-    blocks = to_blocks(weights)
-    return encode(blocks, fp8_of_largest(blocks.abs().amax(0), scale), scale), scale
+    largest = weights.float().view(len(weights), -1, GROUP).abs().amax(2)
+    return encode(weights, fp8_of_largest(largest, scale), scale), scale
 
 
 def read_back(found: Coded, scale: float) -> np.ndarray:
@@ -105,8 +105,7 @@ def test_any_finite_tensor_reads_back_within_its_blocks_step(values: list[float]
 def test_scales_are_the_casts_of_torch(seed: int, method: str) -> None:
     weights = torch.randn((8, 64), generator=torch.Generator().manual_seed(seed)) * 2.0 ** (seed % 40 - 20)
     scale = global_scale(float(weights.abs().max()))
-    blocks = to_blocks(weights)
-    scales = block_scales(blocks, scale, method)  # type: ignore[arg-type]
+    scales = block_scales(weights, scale, method)  # type: ignore[arg-type]
     assert torch.equal(scales.to(torch.float8_e4m3fn).float(), scales)
     if method == "minmax":
         largest = weights.view(8, 4, 16).abs().amax(2)
@@ -148,6 +147,15 @@ def test_global_scale_and_its_reciprocal_say_the_same() -> None:
 def test_weights_that_are_no_numbers_are_refused(bad: float) -> None:
     with pytest.raises(CheckpointError, match="NaN or infinite"):
         global_scale(bad)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_magnitudes_are_in_the_order_of_the_numbers(dtype: torch.dtype) -> None:
+    values = torch.tensor([0.0, -0.0, 2.0**-20, -1.0, 1.5, -1000.0, math.inf, -math.nan]).to(dtype)
+    found = magnitudes(values)
+    assert found.diff().ge(0).all()
+    assert torch.equal(found.view(dtype)[:-1], values.abs()[:-1])
+    assert found.amax().view(dtype).isnan()
 
 
 def test_zero_tensors_have_a_plain_scale() -> None:

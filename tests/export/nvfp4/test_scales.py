@@ -6,89 +6,153 @@ import numpy as np
 import pytest
 import torch
 
-from gemcut.export.nvfp4.codec import GROUP, encode, global_scale, to_blocks
+from gemcut.export.nvfp4.codec import GROUP, encode, global_scale
 from gemcut.export.nvfp4.scales import block_scales, column_weights
 from gemcut.nvfp4.choices import METHODS
 from gemcut.nvfp4.decode import dequantise
+from gemcut.types import F64
+
+EVERY = torch.arange(1, 127, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
 
 
-def drawn(kind: str, seed: int = 0) -> torch.Tensor:
+def drawn(kind: str, seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     normal = torch.randn((64, 256), generator=generator)
     if kind == "heavy":  # Student's t with 5 degrees of freedom
         squares = torch.randn((5, 64, 256), generator=generator).square().mean(0)
         normal = normal / squares.sqrt()
-    return normal * 0.02
+    if kind == "wide":  # blocks from the largest that a scale can hold to less than the smallest
+        normal = normal * 2.0 ** -torch.randint(0, 24, (64, 16), generator=generator).repeat_interleave(16, dim=1)
+    return (normal * 0.02).to(dtype)
 
 
-def squared_errors(weights: torch.Tensor, scales: torch.Tensor, scale: float) -> np.ndarray:
-    """Of every block [R, B], by the tables."""
-    found = encode(to_blocks(weights), scales, scale)
+def squared_errors(weights: torch.Tensor, scales: torch.Tensor, scale: float) -> F64:
+    """Of every weight [R, B, 16], by the tables."""
+    found = encode(weights, scales, scale)
     back = dequantise(found.packed.numpy(), found.scales.view(torch.uint8).numpy(), scale)
-    return ((back - weights.numpy()) ** 2).reshape(len(weights), -1, GROUP)
+    change = back.astype(np.float64) - weights.double().numpy()
+    return np.asarray((change**2).reshape(len(weights), -1, GROUP))
 
 
-@pytest.mark.parametrize("kind", ["normal", "heavy"])
-def test_each_method_loses_less_than_the_one_before(kind: str) -> None:
-    weights = drawn(kind)
+def chosen(weights: torch.Tensor, method: str, columns: torch.Tensor | None = None) -> tuple[F64, float]:
+    """Squared errors under a method, and G."""
     scale = global_scale(float(weights.abs().max()))
-    blocks = to_blocks(weights)
-    errors = [squared_errors(weights, block_scales(blocks, scale, m), scale).sum(2) for m in METHODS[:3]]
-    assert (errors[1] <= errors[0] * (1 + 1e-5)).all()  # block by block
-    assert (errors[2] <= errors[0] * (1 + 1e-5)).all()
+    return squared_errors(weights, block_scales(weights, scale, method, columns), scale), scale  # type: ignore[arg-type]
+
+
+def least(weights: torch.Tensor, scale: float, columns: F64 | float = 1.0) -> F64:
+    """Of every block [R, B] the least error that any e4m3 number leaves."""
+    shape = (len(weights), weights.shape[1] // GROUP)
+    every = [(squared_errors(weights, torch.full(shape, float(s)), scale) * columns).sum(2) for s in EVERY]
+    return np.asarray(np.min(every, axis=0))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("kind", ["normal", "heavy"])
+def test_each_method_loses_less_than_the_one_before(kind: str, dtype: torch.dtype) -> None:
+    weights = drawn(kind, dtype=dtype)
+    errors = [chosen(weights, method)[0].sum(2) for method in METHODS[:3]]
+    if dtype == torch.bfloat16:  # block by block: others are rounded to it for the choice
+        assert (errors[1] <= errors[0] * (1 + 1e-5)).all()
+        assert (errors[2] <= errors[1] * (1 + 1e-5)).all()
     plain, four, swept = (float(one.sum()) for one in errors)
     assert four < 0.92 * plain
     assert swept < 0.93 * four
 
 
-def test_the_sweep_finds_what_trying_every_fp8_number_finds() -> None:
-    weights = drawn("normal", 3)[:8]
-    scale = global_scale(float(weights.abs().max()))
-    blocks = to_blocks(weights)
-    every = [
-        squared_errors(weights, torch.full((8, 16), float(s)), scale).sum(2)
-        for s in torch.arange(1, 127, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
-    ]
-    swept = squared_errors(weights, block_scales(blocks, scale, "sweep"), scale).sum(2)
-    np.testing.assert_allclose(swept, np.min(every, axis=0), rtol=1e-4)
+@pytest.mark.parametrize("kind", ["normal", "heavy", "wide"])
+def test_the_sweep_finds_what_trying_every_fp8_number_finds(kind: str) -> None:
+    weights = drawn(kind, 3)[:8]
+    errors, scale = chosen(weights, "sweep")
+    np.testing.assert_allclose(errors.sum(2), least(weights, scale), rtol=1e-4, atol=1e-30)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_weights_of_other_types_lose_hardly_more_than_they_must(dtype: torch.dtype) -> None:
+    weights = drawn("heavy", 4, dtype)[:8]
+    errors, scale = chosen(weights, "sweep")
+    assert errors.sum() < 1.001 * least(weights, scale).sum()
+
+
+@pytest.mark.parametrize("spread", [0.5, 2.0])
+def test_the_weighted_sweep_is_as_good_as_trying_every_fp8_number(spread: float) -> None:
+    weights = drawn("normal", 6)[:16]
+    squares = np.exp(spread * np.random.default_rng(7).standard_normal(256))
+    matter = squares.reshape(1, -1, GROUP)
+    errors, scale = chosen(weights, "weighted", column_weights(squares))
+    assert (errors * matter).sum() < 1.005 * least(weights, scale, matter).sum()
 
 
 def test_weights_move_the_error_to_columns_that_matter_less() -> None:
     weights = drawn("normal", 5)
-    scale = global_scale(float(weights.abs().max()))
-    blocks = to_blocks(weights)
     squares = np.random.default_rng(6).random(256) ** 6
-    plain = squared_errors(weights, block_scales(blocks, scale, "sweep"), scale)
-    asked = column_weights(squares)
-    found = squared_errors(weights, block_scales(blocks, scale, "weighted", asked), scale)
+    plain, _ = chosen(weights, "sweep")
+    found, _ = chosen(weights, "weighted", column_weights(squares))
     matter = squares.reshape(1, -1, GROUP)
     assert (found * matter).sum() < 0.97 * (plain * matter).sum()
     assert found.sum() > plain.sum()
-    even = block_scales(blocks, scale, "weighted", column_weights(np.full(256, 7.0)))
-    assert torch.equal(even, block_scales(blocks, scale, "sweep"))
+    even, _ = chosen(weights, "weighted", column_weights(np.full(256, 7.0)))
+    assert even.sum() == pytest.approx(plain.sum(), rel=1e-4)
 
 
 def test_columns_never_seen_count_alike() -> None:
-    assert torch.equal(column_weights(np.zeros(32)), torch.ones((16, 1, 2)))
+    assert torch.equal(column_weights(np.zeros(32)), torch.full((32,), 256.0))
+
+
+@pytest.mark.parametrize("spread", [0.1, 1.0, 5.0, 30.0])
+def test_weights_of_columns_are_exact_in_any_sum(spread: float) -> None:
+    found = column_weights(np.exp(spread * np.random.default_rng(8).standard_normal(320)))
+    assert torch.equal(found, found.round())
+    assert found.min() >= 1
+    assert found.view(-1, GROUP).sum(1).max() * 4095 < 2**24
 
 
 def test_columns_keep_their_places() -> None:
     found = column_weights(np.arange(32.0))
-    assert found[:, 0, 0].argmax() == 15
-    assert found[3, 0, 1] == pytest.approx(19 / 15.5)
+    assert found[:16].argmax() == 15
+    assert found[19] == pytest.approx(1 + 4080 * 19 / 376, abs=1)
 
 
-def test_threads_change_nothing() -> None:
+@pytest.mark.parametrize("method", METHODS)
+def test_rows_and_threads_change_nothing(method: str) -> None:
     weights = drawn("heavy", 9)
     scale = global_scale(float(weights.abs().max()))
+    columns = column_weights(np.random.default_rng(10).random(256))
+    whole = block_scales(weights, scale, method, columns)  # type: ignore[arg-type]
+    parts = [block_scales(part, scale, method, columns) for part in weights.split(5)]  # type: ignore[arg-type]
+    assert torch.equal(whole, torch.cat(parts))
     before = torch.get_num_threads()
     try:
-        found = []
-        for threads in (1, 2):
-            torch.set_num_threads(threads)
-            blocks = to_blocks(weights)
-            found.append(encode(blocks, block_scales(blocks, scale, "sweep"), scale))
+        torch.set_num_threads(3 - min(before, 2))
+        again = block_scales(weights, scale, method, columns)  # type: ignore[arg-type]
+        other = encode(weights, again, scale)
     finally:
         torch.set_num_threads(before)
-    assert torch.equal(found[0].packed, found[1].packed)
-    assert found[0].squared_error == found[1].squared_error
+    assert torch.equal(whole, again)
+    found = encode(weights, whole, scale)
+    assert torch.equal(found.packed, other.packed)
+    assert found.squared_error == other.squared_error
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_zeros_and_faint_blocks_are_taken(method: str) -> None:
+    weights = torch.zeros((2, 48), dtype=torch.bfloat16)
+    weights[0, :16] = 1.0
+    weights[1, 16:32] = 2.0**-60
+    columns = column_weights(np.ones(48))
+    scale = global_scale(1.0)
+    found = block_scales(weights, scale, method, columns)  # type: ignore[arg-type]
+    assert found[0, 1] == found[1, 0] == found[1, 2] == 1
+    assert found[1, 1] == 2.0**-9
+    assert float(squared_errors(weights, found, scale)[0].sum()) < 1e-12
+
+
+@pytest.mark.parametrize("largest", [1e-29, 1.0, 1e30, 3e38])
+def test_tensors_of_any_size_are_swept_alike(largest: float) -> None:
+    weights = drawn("normal", 11, torch.float32)
+    weights = (weights / weights.abs().max()).double()
+    small, _ = chosen(weights.bfloat16(), "sweep")
+    there = (weights.bfloat16().double() * largest).bfloat16()
+    found, _ = chosen(there, "sweep")
+    relative = found.sum() / (there.double() ** 2).sum().item()
+    assert relative == pytest.approx(small.sum() / (weights**2).sum().item(), rel=0.02)

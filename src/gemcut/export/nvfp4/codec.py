@@ -7,7 +7,7 @@ Codes 0…7 are 0, 0.5, 1, 1.5, 2, 3, 4, 6; bit 3 is the sign. Rounding is to th
 everything is 6. Two codes make a byte, the left one in the low nibble.
 Source: compressed-tensors 0.20, nvfp4_pack_quantized; OCP Microscaling Formats 1.0, §5.3.3 (E2M1).
 
-Tiles live as [16, R, B]: element of the block, row, block of the row. All work runs along the long axes.
+A tile is [R, F] as it is stored; its blocks are the rows of [N, 16], N = R · F/16, and nothing is transposed.
 """
 
 from __future__ import annotations
@@ -58,11 +58,13 @@ def global_scale(largest: float) -> float:
     return float(1.0 / (1.0 / wanted))
 
 
-def to_blocks(tile: torch.Tensor) -> torch.Tensor:
-    """[R, F] of any float type → float32 [16, R, B], contiguous."""
-    rows, columns = tile.shape
-    out = torch.empty((GROUP, rows, columns // GROUP), dtype=torch.float32, device=tile.device)
-    return out.copy_(tile.view(rows, columns // GROUP, GROUP).permute(2, 0, 1))
+def magnitudes(tile: torch.Tensor) -> torch.Tensor:
+    """|w| as whole numbers in the order of |w|: the bits without their sign, int16 or int32. NaN is above infinity.
+
+    `.view(tile.dtype)` of them is |w|.
+    """
+    bits = tile.view(torch.int32 if tile.element_size() == 4 else torch.int16)
+    return bits & torch.iinfo(bits.dtype).max
 
 
 def round_into(out: torch.Tensor, y: torch.Tensor, spare: torch.Tensor) -> torch.Tensor:
@@ -77,7 +79,7 @@ def round_into(out: torch.Tensor, y: torch.Tensor, spare: torch.Tensor) -> torch
 
 
 def fp8_of_largest(largest: torch.Tensor, scale: float) -> torch.Tensor:
-    """The scale that puts a block's largest value at 6: e4m3(G · a / 6), as float32 [R, B].
+    """The scale that puts a block's largest value at 6: e4m3(G · a / 6), as float32, for every a.
 
     A block of zeros gets 1; any other at least the least number above zero.
     """
@@ -90,33 +92,37 @@ def to_fp8(values: torch.Tensor) -> torch.Tensor:
     return values.to(torch.float8_e4m3fn).to(torch.float32)
 
 
-def encode(blocks: torch.Tensor, scales: torch.Tensor, scale: float) -> Coded:
+def encode(tile: torch.Tensor, scales: torch.Tensor, scale: float) -> Coded:
     """Codes of one tile under chosen block scales: round(w · G / s).
 
     Args:
-        blocks: float32 [16, R, B].   scales: e4m3 numbers as float32 [R, B], none of them 0.   scale: G.
+        tile: [R, F].   scales: e4m3 numbers as float32 [R, F/16], none of them 0.   scale: G.
     """
-    size = blocks.abs()
-    y = (size * scale).div_(scales)
-    spare = torch.empty_like(y)
+    weights = tile.float().view(-1, GROUP)
+    size = weights.abs()
+    steps = scales.view(-1, 1)
+    y, spare = (size * scale).div_(steps), torch.empty_like(size)
     round_into(y, y, spare)
-    torch.mul(y, scales / scale, out=spare)
+    torch.mul(y, steps / scale, out=spare)
     spare.sub_(size)
     error, norm = _sum_of_squares(spare), _sum_of_squares(size)
-    codes = _code_of(y)
-    codes |= ((blocks < 0) & (codes > 0)).to(torch.uint8) << 3
-    pairs = codes[0::2] | (codes[1::2] << 4)  # [8, R, B]
-    _, rows, count = blocks.shape
-    packed = pairs.permute(1, 2, 0).reshape(rows, count * GROUP // 2)
-    return Coded(packed, scales.to(torch.float8_e4m3fn), error, norm)
+    codes = _codes(y, spare)
+    # Bit 3 where the weight is negative and its code not 0. A negative float32 has its sign in every bit above 28.
+    signs = (weights.view(torch.int32) >> 28).to(torch.uint8).bitwise_and_(8)
+    codes |= (codes + 7).bitwise_and_(signs)
+    pairs = codes.view(torch.int16)  # the left code in the low byte
+    packed = ((pairs >> 4) | pairs).to(torch.uint8)
+    return Coded(packed.view(len(tile), -1), scales.to(torch.float8_e4m3fn), error, norm)
 
 
-def _code_of(rounded: torch.Tensor) -> torch.Tensor:
-    """Codes 0…7 of exact E2M1 values: 2y below 2, then 4, 5, 6, 7 for 2, 3, 4, 6."""
-    twice = (rounded * 2).to(torch.uint8)  # 0 1 2 3 4 6 8 12
-    return twice - (twice > 4).to(torch.uint8) - (twice > 6).to(torch.uint8) - 3 * (twice > 8).to(torch.uint8)
+def _codes(rounded: torch.Tensor, spare: torch.Tensor) -> torch.Tensor:
+    """Codes 0…7 of exact E2M1 values y, uint8: the least of 2y, y + 2 and y/2 + 4. Overwrites both."""
+    torch.add(rounded, 2, out=spare)
+    torch.minimum(spare, rounded * 2, out=spare)
+    return torch.minimum(spare, rounded.mul_(0.5).add_(4), out=spare).to(torch.uint8)
 
 
 def _sum_of_squares(values: torch.Tensor) -> float:
-    """Over each block in float32, then in float64 by numpy, whose order no number of threads moves."""
-    return float(values.mul_(values).sum(0).double().cpu().numpy().sum())
+    """Σ x² of [N, 16], which it overwrites: sixteenths of the tile on top of each other in float32, then in float64 by
+    numpy, whose order no number of threads moves."""
+    return float(values.mul_(values).view(GROUP, -1).sum(0).double().cpu().numpy().sum())

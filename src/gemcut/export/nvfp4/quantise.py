@@ -19,7 +19,7 @@ from gemcut.checkpoint import Checkpoint
 from gemcut.checkpoint.made import Made
 from gemcut.errors import CheckpointError, MissingError
 from gemcut.export.nvfp4.activations import GroupInput, Key, Observed
-from gemcut.export.nvfp4.codec import Coded, encode, global_scale, to_blocks
+from gemcut.export.nvfp4.codec import Coded, encode, global_scale, magnitudes
 from gemcut.export.nvfp4.scales import Method, block_scales, column_weights
 from gemcut.families.linears import LinearGroup, Matrix
 from gemcut.nvfp4.layout import NAMES, Layout, Scheme, tensors_of
@@ -122,9 +122,8 @@ class Quantiser:
             del self._scales[group.layer, group.input, group.unit]
 
     def _coded(self, shared: _Scale, tile: torch.Tensor) -> Coded:
-        blocks = to_blocks(tile)
-        scales = block_scales(blocks, shared.weight, self.method, shared.columns)
-        return encode(blocks, scales, shared.weight)
+        scales = block_scales(tile, shared.weight, self.method, shared.columns)
+        return encode(tile, scales, shared.weight)
 
     def _each(self, work: Callable[[torch.Tensor], T], matrix: Matrix) -> Iterator[T]:
         """`work` on every tile of a matrix, in the order of its rows."""
@@ -200,9 +199,7 @@ class Quantiser:
 
 def _peak(tile: torch.Tensor) -> float:
     """max |w|; NaN or infinity where there is one."""
-    if tile.dtype == torch.bfloat16:  # magnitudes are in the order of their bits, NaN above infinity
-        return float((tile.view(torch.int16) & 0x7FFF).amax().view(torch.bfloat16))
-    return float(tile.abs().amax())
+    return float(magnitudes(tile).amax().view(tile.dtype))
 
 
 @contextlib.contextmanager
