@@ -198,6 +198,19 @@ def test_a_trial_that_did_not_happen_is_no_pass(root: Path, tmp_path: Path, monk
         Model(tmp_path / "m.gguf", threads=1)
 
 
+def test_a_trial_imports_nothing_from_the_current_folder(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copy(root / "tiny-Q8_0.gguf", tmp_path / "m.gguf")
+    (tmp_path / "gemcut").mkdir()
+    mark = tmp_path / "was imported"
+    for hostile in ("gemcut/__init__.py", "ctypes.py", "numpy.py", "blake3.py"):
+        (tmp_path / hostile).write_text(f"import os\nos.mkdir({str(mark)!r})\n")
+    monkeypatch.chdir(tmp_path)
+    Model(Path("m.gguf"), threads=1, context=64).close()
+    assert not mark.exists()
+
+
 def edit(path: Path, key: bytes, old: bytes, new: bytes) -> None:
     raw = path.read_bytes()
     at = raw.index(old, raw.index(key) + len(key))

@@ -1,6 +1,7 @@
 """A file is tried in a process of its own first: what llama.cpp asserts about a header ends the process it runs in.
 
-Run as `python -m gemcut.ggml.trial FILE`: loads the file, computes two tokens, and says nothing.
+The child loads the file, computes two tokens, and says nothing. It imports gemcut from where this process has it, and
+nothing from the current folder, which may hold anybody's files.
 """
 
 from __future__ import annotations
@@ -16,6 +17,9 @@ from gemcut.ggml.library import ABORTED, VARIABLE, Library
 
 _LEAST_SECONDS = 60
 _BYTES_A_SECOND = 20 << 20  # a slow disk: weights are read while the tokens are computed
+
+_ROOT = Path(__file__).parents[2]  # what has to be on the path for gemcut to be found
+_CHILD = f"import sys; sys.path.append(sys.argv[2]); from {__name__} import run; run(sys.argv[1])"
 
 _passed: set[tuple[str, int, int, int]] = set()
 
@@ -35,7 +39,7 @@ def try_out(path: Path, size_bytes: int, library: Library) -> None:
     environment = {**os.environ, VARIABLE: str(library.path) if library.named else ""}
     try:
         done = subprocess.run(
-            [sys.executable, "-m", __name__, str(path)],
+            [sys.executable, "-P", "-c", _CHILD, str(path), str(_ROOT)],
             capture_output=True, text=True, errors="replace", check=False, timeout=seconds, env=environment,
         )  # fmt: skip
     except subprocess.TimeoutExpired:
@@ -51,15 +55,12 @@ def try_out(path: Path, size_bytes: int, library: Library) -> None:
     _passed.add(key)
 
 
-def _run(path: Path) -> None:
+def run(path: str) -> None:
+    """In the child."""
     from gemcut.ggml.model import Model
 
     try:
-        with Model(path, context=1, threads=1, batch=2, check=False, trial=False) as model:
+        with Model(Path(path), context=1, threads=1, batch=2, check=False, trial=False) as model:
             model.logits([0, min(1, model.vocabulary - 1)])
     except GemcutError:
         return  # the caller meets it again, with the words
-
-
-if __name__ == "__main__":
-    _run(Path(sys.argv[1]))
