@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from gemcut.evaluate.kld_tile import compare, rows_per_tile
+from gemcut.evaluate.kld_tile import compare
 
 
 def logits(rows: int, vocabulary: int, seed: int, scale: float = 3.0) -> torch.Tensor:
@@ -72,9 +72,3 @@ def test_inputs_are_left_alone_and_a_base_may_be_alone() -> None:
     alone = compare([a], torch.zeros(3, dtype=torch.int64))
     assert alone.nll.shape == (1, 3)
     assert alone.kl.shape == alone.same.shape == (0, 3)
-
-
-def test_tiles_of_a_large_vocabulary_are_small() -> None:
-    assert rows_per_tile(262_144) == 32
-    assert rows_per_tile(320) == 256
-    assert rows_per_tile(1 << 30) == 1

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gemcut.errors import MissingError
-from gemcut.stream.hidden import Slabs, make_batches
+from gemcut.stream.hidden import Slabs, make_batches, rows_per_tile
 
 
 @given(lengths=st.lists(st.integers(2, 5000), min_size=1, max_size=80), batch_tokens=st.integers(1, 10_000))
@@ -49,3 +49,9 @@ def test_a_disk_without_room_is_refused_at_once(tmp_path: Path) -> None:
     with pytest.raises(MissingError, match="not enough disk space"):
         Slabs(0, tmp_path).make(1 << 40, 1 << 10, torch.float32)
     assert os.listdir(tmp_path) == []
+
+
+def test_tiles_of_a_large_vocabulary_are_small() -> None:
+    assert rows_per_tile(262_144) == 32
+    assert rows_per_tile(320) == 256
+    assert rows_per_tile(1 << 30) == 1

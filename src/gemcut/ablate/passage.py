@@ -15,17 +15,12 @@ from gemcut.checkpoint.read import Checkpoint
 from gemcut.errors import CheckpointError, MissingError, QualityError, UsageError
 from gemcut.machine import available_bytes
 from gemcut.store import free_bytes
-from gemcut.stream.corpus import Corpus, Row
+from gemcut.stream.corpus import Corpus, Row, check_tokenizer
 from gemcut.stream.faults import refuse
-from gemcut.stream.hidden import Batch, Slabs, make_batches, padded_ids
+from gemcut.stream.hidden import Batch, Slabs, make_batches, not_finite, padded_ids, rows_per_tile
 from gemcut.stream.model import StreamedModel, stored_dtype
-from gemcut.stream.rendering import tokenizer_hash
 from gemcut.stream.weights import named_dtype
 from gemcut.types import F64, I64
-
-# Logits of one tile: 32 MiB in float32, and about four times that alive at once.
-_TILE_ELEMENTS = 8 << 20
-_MAX_ROWS = 256
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -55,7 +50,7 @@ class Passage:
         """What enters the first layer."""
         for batch, view in zip(self.batches, self.views(slab), strict=True):
             out = model.embed(padded_ids(self.rows, batch))
-            if (where := self._bad(batch, out)) is not None:
+            if (where := not_finite(self.rows, batch, out)) is not None:
                 raise QualityError("an embedding is not finite", where=f"{model.checkpoint.name}, {where}")
             view.copy_(out)
 
@@ -70,7 +65,7 @@ class Passage:
         """
         for batch, source, target in zip(self.batches, self.views(slabs[0]), self.views(slabs[1]), strict=True):
             out = model.run_layer(module, source.to(model.device))
-            if (where := self._bad(batch, out)) is not None:
+            if (where := not_finite(self.rows, batch, out)) is not None:
                 refuse(module, layer, "a layer's output", f"layer {layer}, {who}, {where}")
             target.copy_(out)
 
@@ -128,16 +123,6 @@ class Passage:
                 hint="look for the broken tensor with gemcut diff",
             )
 
-    def _bad(self, batch: Batch, out: torch.Tensor) -> str | None:
-        """The first real token whose state [B, S, H] is not finite."""
-        if bool(torch.isfinite(out).all()):
-            return None
-        for row, item in enumerate(batch.rows):
-            bad = torch.nonzero(~torch.isfinite(out[row, : len(self.rows[item].ids)]).all(-1))
-            if len(bad):
-                return f"item {self.rows[item].id!r}, token {int(bad[0])}"
-        return None
-
 
 def lay_out(checkpoint: Checkpoint, corpus: Corpus, batch_tokens: int) -> Passage:
     """Batches of a corpus that this model's tokenizer made.
@@ -150,14 +135,7 @@ def lay_out(checkpoint: Checkpoint, corpus: Corpus, batch_tokens: int) -> Passag
         raise UsageError("the corpus has no items")
     if batch_tokens < 1:
         raise UsageError("batch_tokens is too small", got=batch_tokens, wanted="at least 1")
-    found = tokenizer_hash(checkpoint.path)
-    if found != corpus.tokenizer_hash:
-        raise CheckpointError(
-            "the corpus was tokenised by another tokenizer than the model's",
-            where=checkpoint.name,
-            got=found[:12],
-            wanted=corpus.tokenizer_hash[:12],
-        )
+    check_tokenizer(checkpoint.path, checkpoint.name, corpus)
     batches = make_batches([len(row.ids) for row in corpus.items], batch_tokens)
     edges = np.concatenate([[0], np.cumsum([b.positions for b in batches])]).tolist()
     scored = np.array([len(row.ids) - 1 for row in corpus.items], dtype=np.int64)
@@ -204,7 +182,7 @@ def loss_head(model: StreamedModel) -> Iterator[StreamedModel]:
 
 
 def _tiles(rows: int, vocabulary: int) -> Iterator[slice]:
-    step = max(1, min(_MAX_ROWS, _TILE_ELEMENTS // vocabulary))
+    step = rows_per_tile(vocabulary)
     return (slice(at, at + step) for at in range(0, rows, step))
 
 

@@ -35,12 +35,12 @@ from gemcut.evaluate.kld_sources import (
     stream_states,
     vocabulary_of,
 )
-from gemcut.evaluate.kld_tile import compare, rows_per_tile
+from gemcut.evaluate.kld_tile import compare
 from gemcut.evaluate.rows import ALL, Measured, chunks_of, classes_of, kld_row, rows_of, sums
 from gemcut.ggml.model import Model, run_bytes
 from gemcut.gguf_file.header import GgufFile
 from gemcut.stream.corpus import Corpus
-from gemcut.stream.hidden import BATCH_TOKENS, Progress, Slabs, scored_positions
+from gemcut.stream.hidden import BATCH_TOKENS, Progress, Slabs, rows_per_tile, scored_positions
 from gemcut.types import KldResult
 
 # Of the free memory, for the mapped files that run at the same time: what does not stay in memory is read again for

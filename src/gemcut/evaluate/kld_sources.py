@@ -20,15 +20,18 @@ from gemcut.families.gemma4_assistant_gguf import ARCHITECTURE as DRAFTER
 from gemcut.ggml.model import Model
 from gemcut.gguf_file.header import GgufFile
 from gemcut.gguf_file.identity import gguf_fingerprint
+from gemcut.nvfp4.layout import is_nvfp4
+from gemcut.nvfp4.plain import plain_tensors
 from gemcut.store import read_json
-from gemcut.stream.corpus import Corpus, Row
+from gemcut.stream.corpus import Corpus, Row, check_tokenizer
 from gemcut.stream.hidden import BATCH_TOKENS, Progress, Slabs, final_hidden
 from gemcut.stream.model import StreamedModel
-from gemcut.stream.rendering import tokenizer_hash
 from gemcut.types import F32, Json
 
 Compared: TypeAlias = Checkpoint | GgufFile
 
+# One implementation for all, so that models differ by nothing else: the one that can round the inputs of experts.
+_EXPERTS = "recording"
 TOKENS, BOS = "tokenizer.ggml.tokens", "tokenizer.ggml.bos_token_id"
 
 
@@ -91,7 +94,7 @@ def stream_states(
     """Last hidden states of every (role, checkpoint), and the dtype they were computed in: the first one's for all."""
     states = []
     for role, checkpoint in checkpoints:
-        with StreamedModel.open(checkpoint, device=device, dtype=dtype) as streamed:
+        with StreamedModel.open(checkpoint, device=device, dtype=dtype, experts=_EXPERTS, packed=True) as streamed:
             dtype = streamed.dtype_name
             label = f"{role}: {checkpoint.name}"
             states.append(
@@ -111,7 +114,7 @@ class Heads:
     def open(self, checkpoint: Checkpoint, states: torch.Tensor) -> Head:
         key = _head_identity(checkpoint)
         if key not in self._shared:
-            opened = StreamedModel.open(checkpoint, device=self._device, dtype="float32")
+            opened = StreamedModel.open(checkpoint, device=self._device, dtype="float32", experts=_EXPERTS, packed=True)
             self._shared[key] = self._stack.enter_context(opened)
         return Head(states, self._shared[key])
 
@@ -166,21 +169,15 @@ def check_ids(model: Compared, base: Compared, corpus: Corpus, folder: Path | No
         folder: a checkpoint folder whose tokenizer made the ids; None where only GGUF files are compared.
     Raises:
         UsageError: it is a drafter's file.
-        CheckpointError: another tokenizer, vocabulary or BOS.
+        CheckpointError: another tokenizer, vocabulary or BOS; an NVFP4 folder whose tensors do not fit together.
     """
     if vocabulary_of(model) != vocabulary_of(base):
         got, wanted = f"{vocabulary_of(model)} tokens", f"{vocabulary_of(base)} ({name_of(base)})"
         raise CheckpointError("the models have different vocabularies", where=name_of(model), got=got, wanted=wanted)
     if isinstance(model, Checkpoint):
-        found = tokenizer_hash(model.path)
-        if found != corpus.tokenizer_hash:
-            raise CheckpointError(
-                "the corpus was tokenised by another tokenizer than the model's",
-                where=model.name,
-                got=found[:12],
-                wanted=corpus.tokenizer_hash[:12],
-                hint="KL divergence needs the same token ids in both models",
-            )
+        check_tokenizer(model.path, model.name, corpus)
+        if is_nvfp4(model.config):
+            plain_tensors(model)  # refused now, and not after the base has run
         return
     if model.value("general.architecture") == DRAFTER:
         raise UsageError("a drafter has no logits without its trunk", where=name_of(model), wanted="a model file")

@@ -7,10 +7,6 @@ from dataclasses import dataclass
 
 import torch
 
-# Elements of one float64 tile: 64 MiB. About four such tiles are alive at once.
-_TILE_ELEMENTS = 8 << 20
-_MAX_ROWS = 256
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Compared:
@@ -23,11 +19,6 @@ class Compared:
     nll: torch.Tensor
     kl: torch.Tensor
     same: torch.Tensor
-
-
-def rows_per_tile(vocabulary: int) -> int:
-    """Positions whose logits are in memory at once."""
-    return max(1, min(_MAX_ROWS, _TILE_ELEMENTS // vocabulary))
 
 
 def compare(logits: Sequence[torch.Tensor], target: torch.Tensor) -> Compared:

@@ -11,10 +11,10 @@ from typing import Literal
 
 import numpy as np
 
-from gemcut.errors import UsageError
+from gemcut.errors import CheckpointError, UsageError
 from gemcut.store import canonical_json
 from gemcut.stream.corpus_file import TEXT_CLASS, TextItems, read_entries, read_pieces
-from gemcut.stream.rendering import Rendered, Tokenizer, open_tokenizer, render_messages, render_text
+from gemcut.stream.rendering import Rendered, Tokenizer, open_tokenizer, render_messages, render_text, tokenizer_hash
 from gemcut.types import I64
 
 log = logging.getLogger(__name__)
@@ -88,6 +88,8 @@ def load_corpus(
     *,
     max_tokens_per_item: int = MAX_TOKENS_PER_ITEM,
     max_tokens: int | None = None,
+    max_items: int | None = None,
+    chat_only: bool = False,
     classes: Sequence[str] | None = None,
     on_long: Literal["truncate", "refuse"] = "truncate",
     text_items: TextItems = "blocks",
@@ -101,6 +103,8 @@ def load_corpus(
         max_tokens_per_item: longer items are cut at the end and counted (`on_long="refuse"`: an error).
         max_tokens: whole items only. The classes, in order of first appearance, take turns, each giving its next item
             in file order; a class stops at its first item that does not fit.
+        max_items: at most so many items, in the same turns.
+        chat_only: items with messages alone.
         classes: only these classes.
         text_items: `.txt` only. "blocks": one item per blank-line separated block. "chunks": the whole text cut into
             items of `max_tokens_per_item` tokens, each with its own BOS.
@@ -124,15 +128,37 @@ def load_corpus(
         items = list(_items(path, tokenizer, max_tokens_per_item, on_long, raw=raw))
     if classes is not None:
         items = _of_classes(items, classes, path)
-    taken = items if max_tokens is None else _within(items, max_tokens, path)
+    if chat_only:
+        items = _chats(items, path)
+    limited = max_tokens is not None or max_items is not None
+    taken = _within(items, max_tokens, max_items, path) if limited else items
     corpus = _corpus(taken, items, tokenizer, max_tokens_per_item)
     if corpus.truncated_items:
         log.info("%d of %d items were cut to %d tokens", corpus.truncated_items, len(taken), max_tokens_per_item)
     if corpus.spliced_items:
         log.info("%d items: the template drops reasoning; it went into the thinking channel", corpus.spliced_items)
     if corpus.left_out_items:
-        log.info("max_tokens left out %d items (%d tokens)", corpus.left_out_items, corpus.left_out_tokens)
+        log.info("the limits left out %d items (%d tokens)", corpus.left_out_items, corpus.left_out_tokens)
     return corpus
+
+
+def check_tokenizer(folder: Path, name: str, corpus: Corpus) -> None:
+    """The token ids must mean to a model what they meant to the tokenizer that made them.
+
+    Args:
+        name: of the model, for the message.
+    Raises:
+        CheckpointError: the folder's tokenizer is another one.
+    """
+    found = tokenizer_hash(folder)
+    if found != corpus.tokenizer_hash:
+        raise CheckpointError(
+            "the corpus was tokenised by another tokenizer than the model's",
+            where=name,
+            got=found[:12],
+            wanted=corpus.tokenizer_hash[:12],
+            hint="models that are compared need the same token ids",
+        )
 
 
 def _items(
@@ -225,7 +251,14 @@ def _of_classes(items: Sequence[_Item], classes: Sequence[str], path: Path) -> l
     return [item for item in items if item.cls in classes]
 
 
-def _within(items: Sequence[_Item], budget: int, path: Path) -> list[_Item]:
+def _chats(items: Sequence[_Item], path: Path) -> list[_Item]:
+    found = [item for item in items if item.kind == "chat"]
+    if not found:
+        raise UsageError("the corpus has no item with messages", where=path.name, wanted="chats, since chat_only is set")
+    return found
+
+
+def _within(items: Sequence[_Item], budget: int | None, most: int | None, path: Path) -> list[_Item]:
     """Whole items, one per class in turn, in file order; the result is in file order again."""
     queues: dict[str, list[int]] = {}
     for index, item in enumerate(items):
@@ -236,8 +269,11 @@ def _within(items: Sequence[_Item], budget: int, path: Path) -> list[_Item]:
     spent = 0
     while queues:
         for cls in list(queues):
+            if most is not None and len(taken) == most:
+                queues.clear()
+                break
             size = len(items[queues[cls][-1]].ids)
-            if spent + size > budget:
+            if budget is not None and spent + size > budget:
                 del queues[cls]
                 continue
             taken.append(queues[cls].pop())

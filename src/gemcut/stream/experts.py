@@ -43,10 +43,25 @@ class ExpertRecorder(Protocol):
         """combined [T, H]: the experts' summed output, before any norm."""
 
 
+class InputRounding(Protocol):
+    """What a checkpoint with quantised activations does to the rows of one expert before each of its products."""
+
+    def inputs(self, expert: int, x: torch.Tensor) -> torch.Tensor:
+        """x [n, H] as gate_up_proj gets it."""
+
+    def inner(self, expert: int, h: torch.Tensor) -> torch.Tensor:
+        """h [n, I] as down_proj gets it."""
+
+
 def attach(experts: nn.Module, recorder: ExpertRecorder | None, live: torch.Tensor | None = None) -> None:
     """Give a layer's experts module a recorder, and the mask [T] of its tokens that are not padding."""
     experts.__dict__["gemcut_recorder"] = recorder
     experts.__dict__["gemcut_live"] = live
+
+
+def round_inputs(experts: nn.Module, rounding: InputRounding | None) -> None:
+    """Have a layer's experts round what enters their products; None: no longer. Only RECORDING does."""
+    experts.__dict__["gemcut_rounding"] = rounding
 
 
 def recording_experts_forward(
@@ -63,6 +78,7 @@ def recording_experts_forward(
             wanted="gated experts without bias, stored [E, 2I, H] and [E, H, I]",
         )
     recorder: ExpertRecorder | None = self.__dict__.get("gemcut_recorder")
+    rounding: InputRounding | None = self.__dict__.get("gemcut_rounding")
     live: torch.Tensor | None = self.__dict__.get("gemcut_live")
     # apart once, not by index: a gradient then is put together once, and not as a whole tensor for every expert
     gate_up: tuple[torch.Tensor, ...] = self.gate_up_proj.unbind()  # E × [2I, H]
@@ -92,9 +108,13 @@ def recording_experts_forward(
         inputs = hidden_states[spare[rows.start : rows.start + (rounded(n) if narrow else n)]]
         if recorder is not None:
             recorder.inputs(e, rows, inputs[:n])
+        if rounding is not None:
+            inputs = rounding.inputs(e, inputs)
         inner = self._apply_gate(nn.functional.linear(inputs, gate_up[e]))
         if recorder is not None:
             recorder.inner(e, rows, inner[:n])
+        if rounding is not None:
+            inner = rounding.inner(e, inner)
         # eager's `output * gate` widens to the gate's float32 as well: done before, so that a recorder needs no copy
         output = nn.functional.linear(inner, down[e])[:n].to(wide)
         if recorder is not None:

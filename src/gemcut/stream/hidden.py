@@ -21,6 +21,8 @@ from gemcut.stream.corpus import Row
 from gemcut.stream.model import StreamedModel
 
 BATCH_TOKENS = 4096
+_TILE_ELEMENTS = 8 << 20
+_MAX_ROWS = 256
 
 Progress = Callable[[int, int, str], None]
 
@@ -136,8 +138,12 @@ def final_hidden(
             model.prefetch(i + 1)
             for batch, view in zip(batches, views, strict=True):
                 out = model.run_layer(layer, view.to(model.device))
-                if not bool(torch.isfinite(out).all()):
-                    _refuse_infinite(model, i, rows, batch, out)
+                if (bad := not_finite(rows, batch, out)) is not None:
+                    raise QualityError(
+                        "a hidden state is not finite",
+                        where=f"{model.checkpoint.name}, layer {i}, {bad}",
+                        hint="compute in float32, or look for the broken tensor with gemcut diff",
+                    )
                 view.copy_(out)
         if progress is not None:
             progress(i + 1, model.n_layers, label)
@@ -156,12 +162,17 @@ def padded_ids(rows: Sequence[Row], batch: Batch) -> torch.Tensor:
     return torch.from_numpy(ids)
 
 
-def _refuse_infinite(model: StreamedModel, layer: int, rows: Sequence[Row], batch: Batch, out: torch.Tensor) -> None:
+def not_finite(rows: Sequence[Row], batch: Batch, out: torch.Tensor) -> str | None:
+    """The first real token whose state [B, S, H] is not finite, in words; None where there is none."""
+    if bool(torch.isfinite(out).all()):
+        return None
     for at, row in enumerate(batch.rows):
         bad = torch.nonzero(~torch.isfinite(out[at, : len(rows[row].ids)]).all(-1))
         if len(bad):
-            raise QualityError(
-                "a hidden state is not finite",
-                where=f"{model.checkpoint.name}, layer {layer}, item {rows[row].id!r}, token {int(bad[0])}",
-                hint="compute in float32, or look for the broken tensor with gemcut diff",
-            )
+            return f"item {rows[row].id!r}, token {int(bad[0])}"
+    return None
+
+
+def rows_per_tile(vocabulary: int) -> int:
+    """Positions whose logits are in memory at once: 32 MiB of them in float32, and some four times that in float64."""
+    return max(1, min(_MAX_ROWS, _TILE_ELEMENTS // vocabulary))

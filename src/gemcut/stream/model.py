@@ -12,7 +12,6 @@ import logging
 from collections import OrderedDict, UserDict
 from collections.abc import Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -22,7 +21,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from gemcut.checkpoint.read import Checkpoint
 from gemcut.errors import CheckpointError, UsageError
+from gemcut.nvfp4.layout import is_nvfp4
+from gemcut.nvfp4.plain import Plain, plain_tensors
 from gemcut.stream.experts import RECORDING, register
+from gemcut.stream.rounding import LayerRounding
+from gemcut.stream.taps import Call, NoEmbedding, Tap, call_bytes
 from gemcut.stream.weights import DTYPE_NAMES, TORCH_DTYPES, WeightReader, named_dtype, release_freed_memory
 
 log = logging.getLogger(__name__)
@@ -30,46 +33,6 @@ log = logging.getLogger(__name__)
 # Call arguments (masks, position embeddings) of the shapes used last: tracing one anew costs milliseconds per layer,
 # which a small model feels, and the masks of long batches are large, which a small machine feels.
 _KEPT_CALL_BYTES = 128 << 20
-
-
-@dataclass(frozen=True, slots=True)
-class _Call:
-    """What the model passed to one layer besides the hidden states."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-
-class _Tap(nn.Module):
-    """Stands where a decoder layer stood: keeps what it is called with; passes on its input, or what it was given."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.__dict__["layer"] = layer  # not a submodule: it must not show among the model's parameters
-        self.__dict__["seen"] = None
-        self.__dict__["call"] = None
-        self.__dict__["give"] = None
-
-    def __getattr__(self, name: str) -> Any:
-        # some architectures ask a layer for its attention type before they call it
-        return getattr(self.__dict__["layer"], name)
-
-    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        self.__dict__["seen"] = hidden_states
-        self.__dict__["call"] = _Call(args, kwargs)
-        give: torch.Tensor | None = self.__dict__["give"]
-        return hidden_states if give is None else give
-
-
-class _NoEmbedding(nn.Module):
-    """Stands for the embedding while only call arguments are wanted."""
-
-    def __init__(self, hidden: int, dtype: torch.dtype, device: torch.device) -> None:
-        super().__init__()
-        self.hidden, self.dtype, self.device = hidden, dtype, device
-
-    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        return torch.zeros((*input_ids.shape, self.hidden), dtype=self.dtype, device=self.device)
 
 
 class StreamedModel:
@@ -88,20 +51,25 @@ class StreamedModel:
     The embedding is in memory only between `embed` and the first `layer`, and from `head` until the next `layer`.
     """
 
-    def __init__(self, checkpoint: Checkpoint, model: Any, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, model: Any, dtype: torch.dtype, device: torch.device, plain: Plain | None = None
+    ) -> None:
         self.checkpoint = checkpoint
         self.dtype = dtype
         self.device = device
         self.config = model.config.get_text_config()
         self._model = model
         self._text = model.get_decoder()
-        self._reader = WeightReader(checkpoint, dtype, device)
+        self._reader = WeightReader(checkpoint, dtype, device, plain)
+        self._rounding = (
+            LayerRounding(checkpoint, plain) if plain is not None and plain.told.scheme == "NVFP4" else None
+        )
         self._names = {id(module): name for name, module in model.named_modules()}
         self._layers: list[nn.Module] = list(self._text.layers)
-        self._taps = [_Tap(layer) for layer in self._layers]
+        self._taps = [Tap(layer) for layer in self._layers]
         self._embedding: nn.Module = self._text.embed_tokens
-        self._stub = _NoEmbedding(self.hidden_size, dtype, device)
-        self._calls: OrderedDict[tuple[int, int], list[_Call]] = OrderedDict()
+        self._stub = NoEmbedding(self.hidden_size, dtype, device)
+        self._calls: OrderedDict[tuple[int, int], list[Call]] = OrderedDict()
         self._ahead: dict[int, Future[None]] = {}
         self._weights: WeakValueDictionary[str, nn.Parameter] = WeakValueDictionary()
         self._materialise_buffers()
@@ -117,6 +85,7 @@ class StreamedModel:
         device: str = "cpu",
         dtype: str | None = None,
         experts: str | None = None,
+        packed: bool = False,
     ) -> StreamedModel:
         """Build the skeleton from config.json; reads no layer.
 
@@ -124,11 +93,16 @@ class StreamedModel:
             dtype: "bfloat16", "float16" or "float32"; None computes in the dtype of the stored embedding.
             experts: "recording" (see `stream.experts`), a name of transformers' registry ("eager", "grouped_mm",
                 "batched_mm"), or None for what transformers takes by default.
+            packed: run an NVFP4 checkpoint too: its weights are read back as they are loaded, and inputs of linears
+                with quantised activations are rounded (of experts, under "recording" alone). Such a model is for
+                measuring: what it says of weights or activations is not the base's.
         Raises:
-            UsageError: an unknown name; a model with per-layer embeddings or shared KV, which cannot be streamed.
+            UsageError: an unknown name; a model with per-layer embeddings or shared KV, which cannot be streamed; an
+                NVFP4 checkpoint where `packed` does not allow it, or W4A4 experts without "recording".
             CheckpointError: config.json is not what its architecture needs.
         """
         where = torch.device(device)
+        plain = _plain(checkpoint, packed, experts)
         compute = named_dtype(dtype) if dtype is not None else stored_dtype(checkpoint)
         register()
         try:
@@ -143,7 +117,7 @@ class StreamedModel:
                 got=f"{type(error).__name__}: {error}"[:200],
             ) from error
         _refuse_unstreamable(config.get_text_config())
-        return cls(checkpoint, model.eval().requires_grad_(False), compute, where)
+        return cls(checkpoint, model.eval().requires_grad_(False), compute, where, plain)
 
     # ------------------------------------------------------------ facts
 
@@ -187,8 +161,10 @@ class StreamedModel:
             ahead.result()
         layer = self._layers[i]
         self._load(layer)
+        rounding = self._rounding.on(layer, self._names[id(layer)]) if self._rounding else contextlib.nullcontext()
         try:
-            yield layer
+            with rounding:
+                yield layer
         finally:
             self._unload(layer)
             release_freed_memory()
@@ -273,14 +249,14 @@ class StreamedModel:
 
     # ------------------------------------------------------------ inside
 
-    def _call_of(self, batch: int, length: int) -> list[_Call]:
+    def _call_of(self, batch: int, length: int) -> list[Call]:
         calls = self._calls.get((batch, length))
         if calls is None:
             self._trace(torch.zeros((batch, length), dtype=torch.int64, device=self.device))
             calls = [tap.__dict__["call"] for tap in self._taps]
             self._forget()
             self._calls[batch, length] = calls
-            while len(self._calls) > 1 and sum(map(_call_bytes, self._calls.values())) > _KEPT_CALL_BYTES:
+            while len(self._calls) > 1 and sum(map(call_bytes, self._calls.values())) > _KEPT_CALL_BYTES:
                 self._calls.popitem(last=False)
         else:
             self._calls.move_to_end((batch, length))
@@ -347,26 +323,6 @@ class StreamedModel:
             self._unload(module)
 
 
-def _call_bytes(calls: list[_Call]) -> int:
-    """Memory of the tensors in one shape's calls; layers of one attention type share theirs."""
-    sizes: dict[int, int] = {}
-
-    def count(value: object) -> None:
-        if isinstance(value, torch.Tensor):
-            sizes[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
-        elif isinstance(value, (tuple, list)):
-            for part in value:
-                count(part)
-        elif isinstance(value, dict):
-            for part in value.values():
-                count(part)
-
-    for call in calls:
-        count(call.args)
-        count(call.kwargs)
-    return sum(sizes.values())
-
-
 def _implementation(experts: str) -> str:
     if experts == "recording":
         return RECORDING
@@ -376,6 +332,25 @@ def _implementation(experts: str) -> str:
             "there is no such experts implementation", got=experts, wanted=f"recording or {', '.join(known)}"
         )
     return experts
+
+
+def _plain(checkpoint: Checkpoint, allowed: bool, experts: str | None) -> Plain | None:
+    """The checkpoint's plain tensors, where it is NVFP4."""
+    if not is_nvfp4(checkpoint.config):
+        return None
+    if not allowed:
+        raise UsageError(
+            "an NVFP4 checkpoint can be measured, and nothing else be done with it here",
+            where=checkpoint.name,
+            hint="start from the checkpoint that it was made from; kld takes both",
+        )
+    plain = plain_tensors(checkpoint)
+    fused = any(not name.endswith(".weight") for name in plain.packed)
+    if fused and plain.told.scheme == "NVFP4" and experts != "recording":
+        raise UsageError(
+            "quantised activations of experts need another implementation", got=experts, wanted="recording"
+        )
+    return plain
 
 
 def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 
 from gemcut.checkpoint.read import Checkpoint
 from gemcut.errors import CheckpointError, UsageError
+from gemcut.nvfp4.plain import Packed, Plain, divisor, read_rows
 from gemcut.types import TensorRef
 
 TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
@@ -19,6 +20,7 @@ DTYPE_NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float
 _READ_BYTES = 1 << 30  # one preadv transfers at most 2 GiB - 4 KiB
 _CONVERT_BYTES = 32 << 20
 _WARM_BYTES = 4 << 20
+_UNPACKED_WEIGHTS = 1 << 20  # of a packed matrix at a time, in float32
 
 
 def named_dtype(name: str) -> torch.dtype:
@@ -32,13 +34,17 @@ def named_dtype(name: str) -> torch.dtype:
 class WeightReader:
     """Reads tensors of one checkpoint in one compute dtype onto one device.
 
-    A tensor that is stored in another dtype is converted in pieces, so that at most 32 MiB exist twice.
+    A tensor that is stored in another dtype is converted in pieces, so that at most 32 MiB exist twice. Names are those
+    of plain tensors: where `plain` says that one is packed, its values are.
     """
 
-    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, plain: Plain | None = None
+    ) -> None:
         self.checkpoint = checkpoint
         self.dtype = dtype
         self.device = device
+        self._plain = plain
         self._pool: ThreadPoolExecutor | None = None
 
     def read(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
@@ -48,14 +54,12 @@ class WeightReader:
             CheckpointError: it is missing, has another shape, or the file is shorter than its header says.
             UsageError: it is quantised, so that a module of the base architecture cannot hold it.
         """
+        if self._plain is not None and (packed := self._plain.packed.get(name)) is not None:
+            _check_shape(name, packed[0].codes.shard, self._plain.shapes[name], shape)
+            out = self._unpacked(self._plain, packed, shape)
+            return out if self.device.type == "cpu" else out.to(self.device)
         ref = self.checkpoint.ref(name)
-        if tuple(ref.shape) != tuple(shape):
-            raise CheckpointError(
-                "a tensor and the model's own module disagree about the shape",
-                where=f"{name}, {ref.shard}",
-                got=list(ref.shape),
-                wanted=list(shape),
-            )
+        _check_shape(name, ref.shard, ref.shape, shape)
         stored = TORCH_DTYPES.get(ref.dtype)
         if stored is None:
             raise UsageError(
@@ -80,9 +84,25 @@ class WeightReader:
                     flat[first : first + part.numel()] = part
         return out if self.device.type == "cpu" else out.to(self.device)
 
+    def _unpacked(self, plain: Plain, packed: Sequence[Packed], shape: tuple[int, ...]) -> torch.Tensor:
+        """e2m1 · (s / G) in float32, then the compute dtype: what compressed-tensors makes of the same bytes."""
+        out = torch.empty(shape, dtype=self.dtype)
+        rows = out.view(-1, shape[-1])
+        for one in packed:
+            scale = divisor(self.checkpoint, one.scale, plain.told.layout)
+            step = max(1, _UNPACKED_WEIGHTS // one.matrix.columns)
+            for first in range(0, one.matrix.rows, step):
+                stop = min(first + step, one.matrix.rows)
+                part = torch.from_numpy(read_rows(self.checkpoint, one, scale, first, stop))
+                rows[one.matrix.first + first : one.matrix.first + stop] = part
+        return out
+
     def warm(self, names: Iterable[str]) -> Future[None]:
         """Have the operating system read these tensors ahead, in a thread. Takes page cache, no process memory."""
-        refs = [self.checkpoint.ref(name) for name in names]
+        refs = []
+        for name in names:
+            packed = () if self._plain is None else self._plain.packed.get(name, ())
+            refs += [part for one in packed for part in (one.codes, one.scales)] or [self.checkpoint.ref(name)]
         if self._pool is None:
             self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="gemcut-read-ahead")
         return self._pool.submit(self._warm, refs)
@@ -113,6 +133,16 @@ class WeightReader:
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
             self._pool = None
+
+
+def _check_shape(name: str, shard: str, stored: tuple[int, ...], wanted: tuple[int, ...]) -> None:
+    if tuple(stored) != tuple(wanted):
+        raise CheckpointError(
+            "a tensor and the model's own module disagree about the shape",
+            where=f"{name}, {shard}",
+            got=list(stored),
+            wanted=list(wanted),
+        )
 
 
 def release_freed_memory() -> None:
