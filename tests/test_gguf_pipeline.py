@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 from pathlib import Path
@@ -69,6 +70,19 @@ def test_without_a_cut_and_again_for_free(place: Path, tmp_path: Path) -> None:
         assert str(tmp_path) not in text
         assert str(place) not in text
     assert names(pipeline.run(words(place), tmp_path), reused=False) == []
+
+
+def test_the_floor_of_a_killed_run_goes_whatever_is_asked_next(place: Path, tmp_path: Path) -> None:
+    """It is as large as the base in BF16."""
+    killed, running = (tmp_path / "tiny" / f"kld-gguf-{key}" / "gemcut-floor-a" for key in ("0" * 12, "1" * 12))
+    for folder in (killed, running):
+        folder.mkdir(parents=True)
+        (folder / "lock").touch()
+        (folder / "dense-BF16.gguf.partial").touch()
+    with open(running / "lock", "wb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        pipeline.run(words(place, "dense", "gguf.tiers=[Q8_0]", "gguf.imatrix=null"), tmp_path, until="gguf")
+    assert [killed.exists(), running.exists()] == [False, True]
 
 
 def test_another_tier_keeps_the_files_that_are_there(place: Path, tmp_path: Path) -> None:

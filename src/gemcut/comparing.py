@@ -108,7 +108,7 @@ def with_floor(comparison: Comparison, scratch: Path, *, progress: Progress | No
         raise UsageError("a floor of noise needs a base that is a folder", where=comparison.base.path.name)
     with store.disk_errors(scratch):
         scratch.mkdir(parents=True, exist_ok=True)
-        _delete_leftovers(scratch)
+        delete_leftovers(scratch)
         place = tempfile.TemporaryDirectory(prefix=_FLOOR_FOLDER, dir=scratch)
     with place as folder, open(Path(folder) / _LOCK, "wb") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -121,8 +121,8 @@ def with_floor(comparison: Comparison, scratch: Path, *, progress: Progress | No
         yield Comparison(comparison.base, candidates, comparison.tokenizer)
 
 
-def _delete_leftovers(scratch: Path) -> None:
-    """Floors of killed runs: those of running ones are locked."""
+def delete_leftovers(scratch: Path) -> None:
+    """Floors of killed runs in this folder: those of running ones are locked."""
     for old in scratch.glob(f"{_FLOOR_FOLDER}*"):
         with contextlib.suppress(OSError), open(old / _LOCK, "rb") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from gemcut import gguf_stages, models, stages
 from gemcut.checkpoint import Checkpoint
-from gemcut.comparing import FLOOR
+from gemcut.comparing import FLOOR, delete_leftovers
 from gemcut.ggml.library import load
 from gemcut.gguf_stages import Quantised
 from gemcut.jobs import STATISTICS, Job
@@ -31,9 +31,11 @@ def quantise(job: Job, last: int, model: Checkpoint, cut: Stage | None = None) -
     words = job.recipe.gguf
     if words is None or last < STAGES.index("imatrix"):
         return None
+    for folder in job.result.folder.glob("kld-gguf-*"):  # also of other settings than this run's
+        delete_leftovers(folder)
     parents = () if cut is None else (cut.key,)
     importances = None
-    if _wants_imatrix(words):
+    if wants_imatrix(words):
         importances = _imatrix(job, words, model, job.observe(model, "" if cut is None else "cut", parents))
     if last < STAGES.index("curvature"):
         return None
@@ -50,7 +52,7 @@ def quantise(job: Job, last: int, model: Checkpoint, cut: Stage | None = None) -
     return Quantised(found.model, found.folder, found.files, measured)
 
 
-def _wants_imatrix(words: GgufWords) -> bool:
+def wants_imatrix(words: GgufWords) -> bool:
     return words.imatrix is not None and (bool(words.tiers) or words.solves)
 
 
@@ -133,26 +135,3 @@ def _measure(job: Job, words: Measure, files: Stage, found: Quantised) -> dict[s
         lambda folder: gguf_stages.kld(job.base, paths, corpus, words, folder, progress=job.progress),
     )
     return stages.measured(done.folder, [*([FLOOR] if words.floor else []), *paths])
-
-
-class GgufJob(Job):
-    """One run of a recipe that cuts nothing: observe, imatrix, curvature, gguf, kld, report."""
-
-    def until(self, name: str) -> None:
-        """Every stage in order, up to the one of this name."""
-        last = STAGES.index(name)
-        words = self.recipe.gguf
-        assert words is not None
-        if last < STAGES.index("imatrix") and _wants_imatrix(words):
-            self.observe()
-        found = quantise(self, last, self.base)
-        if found is not None and last >= STAGES.index("report"):
-            from gemcut import reporting  # matplotlib takes a second that the other stages need not wait for
-
-            self.result.report = reporting.write_gguf(
-                self.recipe, self.base, found, times=self.times(), out=self.result.folder / "report"
-            )
-        measured = {} if found is None else found.measured
-        for file in measured:
-            if file != FLOOR:
-                stages.kld_gate(self.recipe.kld, measured, file, hint="larger types, or other importances")
