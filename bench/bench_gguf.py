@@ -175,32 +175,35 @@ def time_rows(r: dict[str, Any]) -> list[Line]:
         one = r["types"][kind]
         mine, other = ([pair[who] for pair in one["pairs"]] for who in ("ours", "theirs"))
         wall = [statistics.median(run["wall_seconds"] for run in runs) for runs in (mine, other)]
-        kernel, cpu = (statistics.median(run[what] for run in mine) for what in ("kernel_seconds", "cpu_seconds"))
+        cpu = [statistics.median(run["cpu_seconds"] for run in runs) for runs in (mine, other)]
+        kernel = statistics.median(run["kernel_seconds"] for run in mine)
         n, ratios = len(one["pairs"]), one["ratios"]
         spread = f" ({ratios[0]:.2f} to {ratios[-1]:.2f})" if n > 1 else ""
         out.append(
             row(
                 f"safetensors → {kind}: wall time of converter + llama-quantize",
                 f"≤ {one['wanted']} ×",
-                f"{statistics.median(ratios):.2f} ×{spread}; {wall[0]:.1f} s against {wall[1]:.1f} s; {kernel:.1f} of "
-                f"our {cpu:.1f} s of processor time inside the quantisers; n = {n}; {where}",
+                f"{statistics.median(ratios):.2f} ×{spread}; {wall[0]:.1f} s against {wall[1]:.1f} s, processor time "
+                f"{cpu[0]:.1f} s against {cpu[1]:.1f} s; {kernel:.1f} s of ours inside the quantisers; "
+                f"n = {n}; {where}",
             )
         )
         extra += [(pair["ours"]["extra_bytes"], pair["theirs"]["extra_bytes"]) for pair in one["pairs"]]
     five = r["types"]["five"]
     alone, together = sum(one["wall_seconds"] for one in five["alone"]), five["together"]["wall_seconds"]
-    kernels = sum(one["kernel_seconds"] for one in five["alone"])
+    kernels, cpus = (sum(one[what] for one in five["alone"]) for what in ("kernel_seconds", "cpu_seconds"))
     out.append(
         row(
             f"{', '.join(FIVE)} at once: wall time of five runs",
             f"≤ {five['wanted']} ×",
-            f"{together / alone:.2f} ×; {together:.1f} s against {alone:.1f} s; inside the quantisers "
+            f"{together / alone:.2f} ×; {together:.1f} s against {alone:.1f} s, processor time "
+            f"{five['together']['cpu_seconds']:.1f} s against {cpus:.1f} s; inside the quantisers "
             f"{five['together']['kernel_seconds']:.1f} s against {kernels:.1f} s; n = 1; {where}",
         )
     )
     most = max([five["together"]["extra_bytes"], *(mine for mine, _ in extra)])
-    seen = f"converter's file {max(other for _, other in extra) / 1e9:.2f} GB; looked at every {LOOK_SECONDS:g} s"
-    return [*out, row("disk beyond the result, at any moment", "0 bytes", f"{most:,} bytes; the {seen}")]
+    seen = f"the converter's file {max(other for _, other in extra) / 1e9:.2f} GB; looked at every {LOOK_SECONDS:g} s"
+    return [*out, row("disk beyond the result, at any moment", "0 bytes", f"{most:,} bytes of journal; {seen}")]
 
 
 CHILD = """
