@@ -8,6 +8,7 @@ from gemcut.checkpoint.read import Checkpoint
 from gemcut.export.tokenizer import read_object
 from gemcut.families import gguf_layout, gguf_vision_layout
 from gemcut.families.gguf import GgufLayout
+from gemcut.nvfp4.layout import QUANTIZATION, is_nvfp4
 from gemcut.types import Json
 
 
@@ -24,7 +25,13 @@ def layout_of(checkpoint: Checkpoint) -> GgufLayout:
 
 def vision_layout_of(checkpoint: Checkpoint) -> GgufLayout:
     """The mmproj file of a checkpoint with a vision tower. Raises as the family does."""
-    return gguf_vision_layout(checkpoint.config, ordered_shapes(checkpoint), preprocessor(checkpoint))
+    config = plain_config(checkpoint.config) if is_nvfp4(checkpoint.config) else checkpoint.config  # no tower is NVFP4
+    return gguf_vision_layout(config, ordered_shapes(checkpoint), preprocessor(checkpoint))
+
+
+def plain_config(config: Mapping[str, Json]) -> dict[str, Json]:
+    """config.json of the model that an NVFP4 checkpoint is of."""
+    return {key: value for key, value in config.items() if key != QUANTIZATION}
 
 
 def preprocessor(checkpoint: Checkpoint) -> Mapping[str, Json]:

@@ -26,6 +26,7 @@ from gemcut.checkpoint import Checkpoint
 from gemcut.checkpoint.read import U8
 from gemcut.checkpoint.values import decode
 from gemcut.errors import CheckpointError, UsageError
+from gemcut.export.layout import plain_config
 from gemcut.export.metadata import QUANTIZATION_VERSION
 from gemcut.export.mix.overrides import Override, decided
 from gemcut.export.mix.shapes import unquantised_type
@@ -33,7 +34,6 @@ from gemcut.families import gguf_layout
 from gemcut.families.gguf import GgufLayout, GgufTensor, Value
 from gemcut.ggml.types import GgmlType, fits, tensor_bytes
 from gemcut.nvfp4.decode import dequantise
-from gemcut.nvfp4.layout import QUANTIZATION
 from gemcut.nvfp4.plain import Packed, Plain, divisor, plain_tensors
 from gemcut.types import F32, TensorRef
 
@@ -133,10 +133,7 @@ def repack(checkpoint: Checkpoint) -> tuple[RepackedCheckpoint, GgufLayout]:
         UsageError: as the family says.
     """
     plain = plain_tensors(checkpoint)
-    cache = [name for name in plain.shapes if name.endswith(_CACHE_SCALES)]
-    shapes = {name: shape for name, shape in plain.shapes.items() if name not in cache}
-    config = {key: value for key, value in checkpoint.config.items() if key != QUANTIZATION}
-    layout = gguf_layout(config, shapes)
+    layout = gguf_layout(plain_config(checkpoint.config), plain.shapes)
     given = {tensor.name: tensor for tensor in layout.tensors}
     tensors: dict[str, GgufTensor] = {}
     refs: dict[str, TensorRef] = {}
@@ -153,12 +150,13 @@ def repack(checkpoint: Checkpoint) -> tuple[RepackedCheckpoint, GgufLayout]:
             tensors[part.name] = part
             for number in _numbers(checkpoint, plain, part, found, factors):
                 tensors[number.name] = number
-    untouched = {name: ref for name, ref in checkpoint.tensors.items() if name in shapes and name not in refs}
+    untouched = {name: ref for name, ref in checkpoint.tensors.items() if name in plain.shapes and name not in refs}
     view = RepackedCheckpoint(
         checkpoint.path, checkpoint.name, checkpoint.config, checkpoint.shards, MappingProxyType(untouched | refs),
         checkpoint.index, base=checkpoint, matrices=MappingProxyType(matrices),
     )  # fmt: skip
     _say_wide(refs)
+    cache = [name for name in checkpoint.tensors if name.endswith(_CACHE_SCALES)]
     left_out = {**layout.left_out, **dict.fromkeys(cache, "scale of an FP8 cache: llama.cpp's has none")}
     metadata = {**layout.metadata, **_precision(plain, tensors, refs)}
     return view, replace(layout, tensors=tuple(tensors.values()), metadata=metadata, left_out=left_out)
@@ -259,7 +257,7 @@ def _say_wide(refs: Mapping[str, TensorRef]) -> None:
     wide = [ref for ref in refs.values() if ref.dtype != FILE_TYPE]
     if wide:
         log.warning(
-            "%d tensors are stored as BF16, without rounding: %d does not divide their rows (%d columns in %s)",
+            "%d tensors become BF16, without rounding: their rows are no multiple of %d (%d columns in %s)",
             len(wide), _BLOCK, wide[0].shape[-1], wide[0].name,
         )  # fmt: skip
 
