@@ -26,7 +26,7 @@ from gemcut.nvfp4.layout import NAMES, Layout, Scheme, tensors_of
 from gemcut.types import DTYPE_BYTES
 
 T = TypeVar("T")
-_TILE = 1 << 16  # weights in flight for each thread: a few float32 copies of them fit a core's cache
+_TILE = 1 << 17  # weights in flight for each thread: a few copies of them fit a core's cache
 _AHEAD = 2  # tiles for each thread that are done, or underway, before the first of them is wanted
 _DEVICE_TILE = 1 << 24
 _LAYERS_HELD = 2  # statistics of so many layers: a layer may end in the next shard

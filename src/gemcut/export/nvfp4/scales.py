@@ -72,7 +72,7 @@ def block_scales(tile: torch.Tensor, scale: float, method: Method, weights: torc
         else:
             order = torch.arange(len(_STEPS), dtype=torch.int32, device=tile.device)
             best = lost.mul_(len(_STEPS)).add_(order).amin(1) % len(_STEPS)
-            step = torch.tensor(_STEPS, dtype=torch.int32, device=tile.device)[best.long()]
+            step = torch.tensor(_STEPS, dtype=torch.int32, device=tile.device).index_select(0, best)
         first = _number(place + step)
     return first.view(rows, columns // GROUP)
 
@@ -108,8 +108,8 @@ class _Table:
         Args:
             bits: of |w| in BF16, int16 [N, 16].   place: int32 [N].   weights: m, float32 [N · 16].
         """
-        at = bits.sub(self.low[place][:, None]).clamp_(min=0, max=_ROWS - 1).int()
-        at += self.first[place][:, None]
+        at = bits.sub(self.low.index_select(0, place)[:, None]).clamp_(min=0, max=_ROWS - 1).int()
+        at += self.first.index_select(0, place)[:, None]
         starts = torch.arange(0, at.numel(), GROUP, dtype=torch.int32, device=at.device)
         return torch.embedding_bag(self.rows, at.view(-1), starts, False, 0, False, weights)[0].int()
 
