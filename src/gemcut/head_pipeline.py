@@ -11,11 +11,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gemcut import head_stages, records, stages, store
+from gemcut import head_stages, records, stages
 from gemcut.canary import CANARY, refuse_failed
 from gemcut.errors import UsageError
 from gemcut.gguf_pipeline import quantise
 from gemcut.jobs import MODEL, STATISTICS, Job, heal_in, healed_of
+from gemcut.nvfp4_pipeline import pack
 from gemcut.recipe import STAGES, CanaryWords, HeadWords
 from gemcut.records.canary import load_canary
 from gemcut.records.importance import load_importance
@@ -77,10 +78,11 @@ class HeadJob(Job):
         plan = plan_in(stays)
         model = self.cut_model(f"h{plan.units - max((len(one.drop) for one in plan.layers.values()), default=0)}")
         quantised = quantise(self, last, model, cut)
+        packed = pack(self, last, model, cut)
         if last >= STAGES.index("kld") and self.recipe.kld is not None:
             self.measure(self.recipe.kld, {self.name: cut})
         if last >= STAGES.index("report"):
-            self.report(planned, stays, heal, verified, asked, self.facts(model, quantised))
+            self.report(planned, stays, heal, verified, asked, self.facts(model, quantised, packed))
         stages.kld_gate(self.recipe.kld, self.result.measured or {}, self.name)
 
     # ------------------------------------------------------------ one method per stage
@@ -131,7 +133,7 @@ class HeadJob(Job):
                 self.base,
                 cut.folder / MODEL,
                 words,
-                self._answers(words),
+                self.answers(words),
                 folder / CANARY,
                 progress=self.progress,
             ),
@@ -150,7 +152,7 @@ class HeadJob(Job):
                 observed.folder / STATISTICS,
                 healed_of(heal),
                 words,
-                self._answers(words),
+                self.answers(words),
                 folder,
                 progress=self.progress,
             )
@@ -180,11 +182,6 @@ class HeadJob(Job):
             checks=stages.load_checks(verified.folder),
             out=self.result.folder / "report",
         )
-
-    def _answers(self, words: CanaryWords) -> Path:
-        """Where the base's answers are kept; other settings are other answers, and a stale file would be refused."""
-        key = store.fingerprint({"settings": head_stages.canary_settings(words).identity()})[:12]
-        return self.result.folder / f"base-answers-{key}.json"
 
 
 def plan_in(stage: Stage) -> Plan:

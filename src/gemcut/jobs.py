@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING
 
 from gemcut import head_stages, models, records, stages, store
 from gemcut.checkpoint import Checkpoint, open_checkpoint
-from gemcut.recipe import Measure
+from gemcut.recipe import CanaryWords, Measure
 from gemcut.records.heal import HEAL_FILE, HealReport, load_heal
 from gemcut.runs import Progress, Run, Stage, Stages
 
 if TYPE_CHECKING:
     from gemcut.gguf_stages import Quantised
+    from gemcut.nvfp4_stages import Packed
     from gemcut.report import ReportData
 
 STATISTICS = "statistics"  # inside the observe stage's folder
@@ -127,6 +128,11 @@ class Job:
         )
         self.result.measured = stages.measured(done.folder, list(cuts))
 
+    def answers(self, words: CanaryWords) -> Path:
+        """Where the base's answers are kept; other settings are other answers, and a stale file would be refused."""
+        key = store.fingerprint({"settings": head_stages.canary_settings(words).identity()})[:12]
+        return self.result.folder / f"base-answers-{key}.json"
+
     def cut_model(self, suffix: str) -> Checkpoint:
         """The cut, called by its base's last name and the suffix."""
         assert self.result.model is not None
@@ -137,7 +143,7 @@ class Job:
         """Seconds and peak memory of the stages."""
         return [(s.folder.name.rsplit("-", 1)[0], s.seconds, s.peak_rss_bytes) for s in self.result.done]
 
-    def facts(self, cut: Checkpoint, quantised: Quantised | None) -> ReportData:
+    def facts(self, cut: Checkpoint, quantised: Quantised | None, packed: Packed | None) -> ReportData:
         """What the report says whatever was cut."""
         from gemcut import reporting  # matplotlib takes a second that the other stages need not wait for
 
@@ -148,6 +154,7 @@ class Job:
             measured=self.result.measured or {},
             times=self.times(),
             quantised=quantised,
+            packed=packed,
         )
 
 

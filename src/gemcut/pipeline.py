@@ -4,6 +4,7 @@
       recipe.yaml  resolved.yaml             as written · every default filled in
       observe-KEY/  plan-LABEL-KEY/  cut-LABEL-KEY/model/  verify-LABEL-KEY/  kld-KEY/
       imatrix-KEY/  curvature-KEY/  gguf-KEY/files/  kld-gguf-KEY/   see `gguf_pipeline`
+      nvfp4-KEY/model/  verify-nvfp4-KEY/  kld-nvfp4-KEY/            see `nvfp4_pipeline`
       report/{index.html, README.md, *.svg}  the page and the card
     Every stage folder has a stage.json, written last: key, parameters, parents, seconds, peak memory, stack.
 
@@ -19,10 +20,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gemcut import stages, store
+from gemcut.comparing import FLOOR
 from gemcut.errors import UsageError
-from gemcut.gguf_pipeline import GgufJob, quantise
+from gemcut.gguf_pipeline import quantise, wants_imatrix
 from gemcut.head_pipeline import HeadJob
 from gemcut.jobs import MODEL, STATISTICS, Job, heal_in
+from gemcut.nvfp4_pipeline import pack
 from gemcut.recipe import STAGES, Choice, PlanWords, Recipe, resolved
 from gemcut.runs import Progress, Run, Stage, lock
 
@@ -60,9 +63,9 @@ def run(
     return result
 
 
-def _job_of(recipe: Recipe) -> type[HeadJob | ExpertJob | GgufJob]:
+def _job_of(recipe: Recipe) -> type[HeadJob | ExpertJob | UncutJob]:
     if recipe.plan is None:
-        return GgufJob
+        return UncutJob
     return HeadJob if recipe.plan.kind == "heads" else ExpertJob
 
 
@@ -71,8 +74,10 @@ class ExpertJob(Job):
 
     def __init__(self, result: Run, force: bool, progress: Progress | None) -> None:
         assert isinstance(result.recipe.plan, PlanWords)
-        if result.recipe.canary is not None:
-            raise UsageError("the canary stage belongs to recipes about heads", where="canary", hint="gemcut canary")
+        if result.recipe.canary is not None and result.recipe.nvfp4 is None:
+            raise UsageError(
+                "the canary stage belongs to recipes about heads, or to nvfp4", where="canary", hint="gemcut canary"
+            )
         super().__init__(result, force, progress)
         self.words: PlanWords = result.recipe.plan
         assert self.recipe.score is not None  # it goes with a plan
@@ -99,10 +104,11 @@ class ExpertJob(Job):
         verified = self.verify(self.chosen, plans[self.chosen], heal, cuts[self.chosen])
         cut = self.cut_model(f"{self.words.keep}e")
         quantised = quantise(self, last, cut, cuts[self.chosen])
+        packed = pack(self, last, cut, cuts[self.chosen])
         if last >= STAGES.index("kld") and self.recipe.kld is not None:
             self.measure(self.recipe.kld, cuts)
         if last >= STAGES.index("report"):
-            self.report(observed, plans, heal, verified, self.facts(cut, quantised))
+            self.report(observed, plans, heal, verified, self.facts(cut, quantised, packed))
         stages.kld_gate(self.recipe.kld, self.result.measured or {}, self.chosen)
 
     def plan(self, choice: Choice, observed: Stage) -> Stage:
@@ -135,6 +141,35 @@ class ExpertJob(Job):
             heal=heal_in(heal),
             out=self.result.folder / "report",
         )
+
+
+class UncutJob(Job):
+    """One run of a recipe that cuts nothing: the model's GGUF files, its NVFP4 checkpoint, or both."""
+
+    def until(self, name: str) -> None:
+        """Every stage in order, up to the one of this name."""
+        last = STAGES.index(name)
+        if last < STAGES.index("nvfp4") and wants_statistics(self.recipe):
+            self.observe()
+        quantised = quantise(self, last, self.base)
+        packed = pack(self, last, self.base)
+        if last >= STAGES.index("report") and (quantised is not None or packed is not None):
+            from gemcut import reporting  # matplotlib takes a second that the other stages need not wait for
+
+            self.result.report = reporting.write_uncut(
+                self.recipe, self.base, quantised, packed, times=self.times(), out=self.result.folder / "report"
+            )
+        measured = {} if quantised is None else {k: v for k, v in quantised.measured.items() if k != FLOOR}
+        if packed is not None and packed.measured is not None:
+            measured[packed.name] = packed.measured
+        for candidate in measured:
+            stages.kld_gate(self.recipe.kld, measured, candidate, hint="larger types, or other importances or scales")
+
+
+def wants_statistics(recipe: Recipe) -> bool:
+    """Whether something of a recipe without a cut stands on an observation."""
+    files, folder = recipe.gguf, recipe.nvfp4
+    return (files is not None and wants_imatrix(files)) or (folder is not None and folder.observes)
 
 
 def _choices(chosen: Choice, others: tuple[Choice, ...]) -> list[Choice]:

@@ -11,7 +11,7 @@ from typing import cast
 import numpy as np
 import yaml
 
-from gemcut import machine, records
+from gemcut import machine, nvfp4_stages, records
 from gemcut.checkpoint import Checkpoint, inspect
 from gemcut.comparing import FLOOR
 from gemcut.export.mix.padding import weights_of
@@ -19,6 +19,7 @@ from gemcut.export.mix.sizes import role_of
 from gemcut.ggml.types import GgmlType
 from gemcut.gguf_file import GgufFile, open_gguf
 from gemcut.gguf_stages import Quantised
+from gemcut.nvfp4_stages import Packed
 from gemcut.recipe import PlanWords, Recipe, resolved, shipped
 from gemcut.records.canary import CanaryResult
 from gemcut.records.heal import HealReport
@@ -95,10 +96,12 @@ def facts(
     measured: Mapping[str, KldResult],
     times: Sequence[tuple[str, float, int]],
     quantised: Quantised | None = None,
+    packed: Packed | None = None,
 ) -> ReportData:
     """What every report of a run says, whatever was cut."""
     chosen = recipe.score.name if recipe.score is not None else ""
     cut = recipe.plan is not None
+    against = f"{base.name}, uncut" if cut else base.name
     return ReportData(
         title=recipe.report.title or "",
         base=model_facts(base),
@@ -109,7 +112,9 @@ def facts(
         stages=tuple(StageTime(name, seconds, peak) for name, seconds, peak in times),
         recipe=resolved(recipe),
         commands=commands(recipe),
-        quants=None if quantised is None else quants(recipe, base, quantised, measured.get(chosen)),
+        quants=None if quantised is None else quants(recipe, against, quantised, measured.get(chosen)),
+        nvfp4=None if packed is None else nvfp4_stages.described(packed, against),
+        checks=() if packed is None else tuple(replace(one, name=f"NVFP4: {one.name}") for one in packed.checks),
         limits=(DEMO_LIMIT,) if base.name.startswith("demo:") else (),
         versions={"gemcut": version(), **machine.stack()},
         seeds={"bootstrap of the KLD": recipe.kld.seed} if recipe.kld else {},
@@ -143,7 +148,7 @@ def write_experts(
         keep_probability=main.keep_probability,
         bootstrap_rounds=words.guards.bootstrap if sampled else 0,
         protected=main.protected,
-        checks=(*checks, *heal_checks(heal)),
+        checks=(*checks, *heal_checks(heal), *common.checks),
         seeds={"bootstrap of the plan": words.guards.seed, **common.seeds},
         criteria=tuple(CriterionNote(name, one.about, one.source) for name, one in CRITERIA.items() if name in used),
         extras=heal_tables(heal, "experts"),
@@ -175,7 +180,7 @@ def write_heads(
         common,
         title=common.title or f"{common.base.name}: without {share}",
         plan=plan,
-        checks=(*checks, *canary_checks(canary), *heal_checks(heal)),
+        checks=(*checks, *canary_checks(canary), *heal_checks(heal), *common.checks),
         criteria=(CriterionNote(one.name, one.about, one.source),),
         extras=(*heal_tables(heal, "heads"), *canary_tables(canary)),
         notes=_notes(plan, restored),
@@ -183,7 +188,7 @@ def write_heads(
     return write_report(data, out, force=True).index_html
 
 
-def quants(recipe: Recipe, base: Checkpoint, quantised: Quantised, cut: KldResult | None) -> Quants:
+def quants(recipe: Recipe, against: str, quantised: Quantised, cut: KldResult | None) -> Quants:
     """The GGUF files of a run as the report shows them."""
     measured = dict(quantised.measured)
     floor = measured.pop(FLOOR, None)
@@ -202,7 +207,7 @@ def quants(recipe: Recipe, base: Checkpoint, quantised: Quantised, cut: KldResul
         tuple(files),
         quantised.model.name,
         quantised.model.size_bytes,
-        f"{base.name}, uncut" if recipe.plan is not None else base.name,
+        against,
         None if floor is None else KldEntry("BF16 (noise floor)", floor),
         None if cut is None else KldEntry("safetensors (the cut itself)", cut),
         _gguf_method(recipe),
@@ -250,17 +255,29 @@ def _gguf_method(recipe: Recipe) -> tuple[tuple[str, str], ...]:
     return tuple(rows)
 
 
-def write_gguf(
+def write_uncut(
     recipe: Recipe,
     base: Checkpoint,
-    quantised: Quantised,
+    quantised: Quantised | None,
+    packed: Packed | None,
     *,
     times: Sequence[tuple[str, float, int]],
     out: Path,
 ) -> Path:
     """Write the page and the card of a run that cut nothing; returns index.html."""
-    data = facts(recipe, base, base, measured={}, times=times, quantised=quantised)
-    return write_report(replace(data, title=data.title or f"{base.name} in GGUF"), out, force=True).index_html
+    data = facts(recipe, base, base, measured={}, times=times, quantised=quantised, packed=packed)
+    if packed is not None and quantised is None:
+        entry = data.nvfp4.kld if data.nvfp4 is not None else None
+        data = replace(
+            data,
+            candidate=nvfp4_stages.model_facts(packed, data.base),
+            kld=() if entry is None else (entry,),
+            manifest=records.load_manifest(packed.folder / "manifest.json"),
+            checks=packed.checks,
+        )
+    made = [*(["GGUF"] if quantised is not None else []), *([data.nvfp4.scheme] if data.nvfp4 is not None else [])]
+    title = data.title or f"{base.name} in {' and '.join(made)}"
+    return write_report(replace(data, title=title), out, force=True).index_html
 
 
 def _notes(plan: Plan, restored: tuple[int, ...]) -> tuple[str, ...]:
@@ -280,7 +297,8 @@ def _notes(plan: Plan, restored: tuple[int, ...]) -> tuple[str, ...]:
 def commands(recipe: Recipe) -> tuple[str, ...]:
     """What a reader types to do it again, and to check the weights that came with this report."""
     ref = recipe.name if recipe.name in shipped() else "recipe.yaml"
-    check = (f"gemcut verify MODEL --base {public_name(recipe.model)}",) if recipe.plan is not None else ()
+    folder = recipe.plan is not None or recipe.nvfp4 is not None
+    check = (f"gemcut verify MODEL --base {public_name(recipe.model)}",) if folder else ()
     return (f"gemcut run {ref}", *check)
 
 

@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 # Raise a number when the stage's result changes for the same inputs: old folders are then done again.
 VERSIONS: Mapping[str, int] = {
     "observe": 1, "importance": 1, "plan": 1, "heal": 2, "cut": 2, "verify": 2, "canary": 1, "salvage": 2, "kld": 1,
-    "imatrix": 1, "curvature": 1, "gguf": 1,
+    "imatrix": 1, "curvature": 1, "gguf": 1, "nvfp4": 1,
 }  # fmt: skip
 
 Progress = Callable[[int, int, str], None]
@@ -51,6 +51,7 @@ class Run:
     chosen: str | None = None
     measured: dict[str, KldResult] | None = None
     files: tuple[Path, ...] = ()  # GGUF
+    packed: Path | None = None  # NVFP4
     quantised: dict[str, KldResult] | None = None
 
 
@@ -89,6 +90,8 @@ class Stages:
         plain: dict[str, Json] = json.loads(store.canonical_json(dict(params)))
         key = store.fingerprint({"stage": name, "version": version, "params": plain, "parents": list(parents)})[:12]
         folder = self.run.folder / "-".join(part for part in (name, label, key) if part)
+        if before := next((one for one in self.run.done if one.folder == folder), None):
+            return before
         record = folder / "stage.json"
         if record.is_file() and not self.force:
             found = store.read_json(record, "stage record")

@@ -38,18 +38,38 @@ DOUBT = "doubt.safetensors"  # keep probabilities and guarded units of the plan 
 # ---------------------------------------------------------------- in
 
 
-def read_corpus(ref: str, base: Checkpoint, max_tokens: int | None, max_tokens_per_item: int) -> Corpus:
+def read_corpus(
+    ref: str,
+    base: Checkpoint,
+    max_tokens: int | None,
+    max_tokens_per_item: int,
+    *,
+    max_items: int | None = None,
+    chat_only: bool = False,
+) -> Corpus:
     """Token rows of a corpus under the model's own tokenizer and template."""
     from gemcut.stream.corpus import load_corpus
 
     return load_corpus(
-        shipped.corpus_path(ref), base.path, max_tokens_per_item=max_tokens_per_item, max_tokens=max_tokens
+        shipped.corpus_path(ref),
+        base.path,
+        max_tokens_per_item=max_tokens_per_item,
+        max_tokens=max_tokens,
+        max_items=max_items,
+        chat_only=chat_only,
     )
 
 
 def corpus_of(words: Observe | HealWords | Measure | CurvatureWords, base: Checkpoint, otherwise: str = "") -> Corpus:
     """The corpus that a stage's words name, within their limits; `otherwise` where they name none."""
-    return read_corpus(words.corpus or otherwise, base, words.max_tokens, words.max_tokens_per_item)
+    return read_corpus(
+        words.corpus or otherwise,
+        base,
+        words.max_tokens,
+        words.max_tokens_per_item,
+        max_items=words.max_items if isinstance(words, Observe) else None,
+        chat_only=isinstance(words, Observe) and words.chat_only,
+    )
 
 
 # ---------------------------------------------------------------- observe
@@ -74,8 +94,10 @@ def observe(
 
 
 def observe_key(base: Checkpoint, corpus: Corpus, words: Observe) -> dict[str, object]:
-    """What an observation depends on. What only bounds memory does not change the sums."""
-    settings = words.model_dump(mode="json", exclude={"corpus", "max_memory_gib", "batch_tokens"})
+    """What an observation depends on. What only bounds memory does not change the sums; the hash says which items."""
+    settings = words.model_dump(
+        mode="json", exclude={"corpus", "max_items", "chat_only", "max_memory_gib", "batch_tokens"}
+    )
     return {"model": base.fingerprint, "corpus": corpus.hash, **settings}
 
 

@@ -58,6 +58,8 @@ class Observe(Words):
     max_tokens: int | None = Field(
         default=None, gt=0, description="whole items, class by class in turn, up to this many tokens"
     )
+    max_items: int | None = Field(default=None, gt=0, description="at most so many items, in the same turns")
+    chat_only: bool = Field(default=False, description="items with messages alone, not plain text")
     max_tokens_per_item: int = Field(default=4096, gt=1, description="longer items are truncated and counted")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(default="auto", description="auto is the checkpoint's own")
     device: str = Field(default="cpu", description="cpu, cuda, cuda:1")

@@ -18,7 +18,7 @@ GROUND = {"errors", "types", "store", "records", "checkpoint", "families", "nvfp
 ABOVE = {
     "recipe", "runs", "models", "stages", "head_stages", "pipeline", "head_pipeline", "shipped", "reporting",
     "preflight", "comparing", "loading", "exporting", "imatrices", "jobs", "mixing", "gguf_cutting",
-    "vocabulary", "gguf_stages", "gguf_pipeline", "gguf_preflight",
+    "vocabulary", "gguf_stages", "gguf_pipeline", "gguf_preflight", "nvfp4_stages", "nvfp4_pipeline",
 }  # fmt: skip
 LICENSED = {("evaluate", "serve")}
 

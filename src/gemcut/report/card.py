@@ -24,7 +24,7 @@ def front_matter(data: ReportData) -> dict[str, Json]:
     if data.base.hub_id is not None:
         matter["base_model"] = plain(data.base.hub_id)
         matter["base_model_relation"] = "finetune"
-        if data.only_quants:
+        if data.only_quants or data.only_nvfp4:
             matter["base_model_relation"] = "quantized"
     matter["library_name"] = "gguf" if data.only_quants else "transformers"
     if data.base.pipeline_tag is not None:
@@ -37,6 +37,8 @@ def front_matter(data: ReportData) -> dict[str, Json]:
     if data.quants is not None:
         tags += ["gguf", "quantized"]
         tags += ["imatrix"] if any(one.imatrix for one in data.quants.files) else []
+    if data.only_nvfp4 and data.nvfp4 is not None:
+        tags += ["nvfp4", data.nvfp4.layout, "vllm", "quantized"]
     matter["tags"] = tags
     return matter
 
@@ -102,16 +104,35 @@ def markdown_table(table: Table, code: Sequence[int] = ()) -> Markdown:
 
 
 def snippet(data: ReportData) -> str:
-    """Python that loads the folder with stock transformers and answers one question."""
+    """Python that loads the folder and answers one question: with stock transformers, or what NVFP4 experts need.
+
+    Empty where neither reads the layout.
+    """
     folder = plain(data.candidate.name)
+    if data.only_nvfp4 and data.nvfp4 is not None:
+        return _asked(_LOAD.format(json.dumps(folder, ensure_ascii=False))) if data.nvfp4.loads else ""
     auto = data.candidate.auto_class if data.candidate.auto_class.isidentifier() else "AutoModelForCausalLM"
     names = ", ".join(sorted(("AutoTokenizer", auto)))
-    return f"""from transformers import {names}
+    return _asked(f"""from transformers import {names}
 
 folder = {json.dumps(folder, ensure_ascii=False)}
 tokenizer = AutoTokenizer.from_pretrained(folder)
 model = {auto}.from_pretrained(folder, dtype="auto")
+""")
 
+
+_LOAD = """import gemcut
+from transformers import AutoTokenizer
+
+folder = {}
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = gemcut.load(folder)
+"""
+
+
+def _asked(loaded: str) -> str:
+    """A question behind the lines that load a model."""
+    return f"""{loaded}
 messages = [{{"role": "user", "content": "Explain what an expert of a mixture is."}}]
 inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
 output = model.generate(**inputs.to(model.device), max_new_tokens=256)

@@ -13,6 +13,7 @@ from gemcut.errors import CheckpointError, UsageError
 from gemcut.types import F64, Kind, KldResult, KldRow, Manifest, Plan, Scores, Statistics
 
 if TYPE_CHECKING:
+    from gemcut.report.nvfp4 import Nvfp4
     from gemcut.report.quants import Quants
 
 ALL = "all"  # the KldRow that pools the classes
@@ -126,6 +127,7 @@ class ReportData:
     protected: reason → bool [L, U]: units that a guard (super experts, class floors) keeps whatever their score.
     scores: criterion → Scores; the plan's own criterion gives the rank order of the cut figure.
     quants: GGUF files of the candidate; without a plan the report is about them alone.
+    nvfp4: the NVFP4 checkpoint made of the candidate; without plan and quants it is the candidate itself.
     kld: every measured candidate; `chosen` is the label of the one this report is about.
 
     Raises:
@@ -155,6 +157,7 @@ class ReportData:
     calibration_corpus: str = ""
     evaluation_corpus: str = ""
     quants: Quants | None = None
+    nvfp4: Nvfp4 | None = None
     extras: tuple[Extra, ...] = ()
     notes: tuple[str, ...] = ()
     limits: tuple[str, ...] = ()
@@ -193,6 +196,11 @@ class ReportData:
     def only_quants(self) -> bool:
         """Nothing was cut: the report is about GGUF files of the base."""
         return self.plan is None and self.quants is not None
+
+    @property
+    def only_nvfp4(self) -> bool:
+        """Nothing was cut, and no GGUF file was made: the candidate is the NVFP4 checkpoint."""
+        return self.plan is None and self.quants is None and self.nvfp4 is not None
 
     @property
     def kind(self) -> Kind:

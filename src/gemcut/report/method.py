@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from gemcut.report.data import ALL, ReportData, Table
+from gemcut.report.nvfp4 import nvfp4_limits, nvfp4_method
 from gemcut.report.quants import limits_of
 from gemcut.report.spelling import count, duration, json_text, size
 from gemcut.report.tables import by_damage, near_ties, units_name
@@ -55,6 +56,8 @@ def method_rows(data: ReportData) -> Table:
         )
     if data.quants is not None:
         rows += data.quants.method
+    if data.nvfp4 is not None:
+        rows += nvfp4_method(data.nvfp4)
     rows += _measurement(data)
     if data.seeds:
         rows.append(("Seeds", ", ".join(f"{name} {seed}" for name, seed in data.seeds.items())))
@@ -75,6 +78,8 @@ def _measurement(data: ReportData) -> list[tuple[str, str]]:
     entry = data.entry or next(iter(data.kld), None)
     if entry is None and data.quants is not None:
         entry = next((one.kld for one, _ in data.quants.measured), None)
+    if entry is None and data.nvfp4 is not None:
+        entry = data.nvfp4.kld
     if entry is None:
         return []
     result = entry.result
@@ -159,7 +164,9 @@ def limits(data: ReportData) -> tuple[str, ...]:
         out.append(f"Verification FAILED: {failed}. Do not use these weights.")
     if data.quants is not None:
         out += limits_of(data.quants)
-    if entry is None and not data.only_quants:
+    if data.nvfp4 is not None:
+        out += nvfp4_limits(data.nvfp4)
+    if entry is None and not data.only_quants and not data.only_nvfp4:
         out.append("The damage of this cut has not been measured on held-out text.")
     if entry is not None or (data.quants is not None and data.quants.measured):
         out.append(

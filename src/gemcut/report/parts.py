@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from gemcut.report import changes, method, tables
+from gemcut.report import nvfp4 as packed
 from gemcut.report import quants as made
 from gemcut.report.data import ReportData
 
@@ -24,6 +25,17 @@ def shared(data: ReportData) -> dict[str, object]:
         "limits": method.limits(data),
         "files": method.file_rows(data),
         **(_quants(data.quants) if data.quants is not None else dict.fromkeys(_QUANTS)),
+        **_nvfp4(data),
+    }
+
+
+def _nvfp4(data: ReportData) -> dict[str, object]:
+    """Damage by class stands here only where the rest of the report is about something else."""
+    one = data.nvfp4
+    return {
+        "nvfp4_headline": packed.nvfp4_headline(one) if one is not None else None,
+        "nvfp4_parts": packed.part_rows(one) if one is not None else None,
+        "nvfp4_costs": packed.cost_rows(one) if one is not None and not data.only_nvfp4 else None,
     }
 
 

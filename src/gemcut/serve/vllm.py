@@ -165,8 +165,7 @@ def _needs(told: Told, experts: int, words: ServeWords) -> tuple[str, ...]:
         out.append(
             "W4A4 runs as such on Blackwell alone (compute capability 10.x, 12.x: B200, B300, RTX 50, RTX PRO, GB10). "
             "From 7.5 to 9.0 (Turing, Ampere, Ada, Hopper) vLLM falls back to weight-only Marlin: the same memory, "
-            "activations and arithmetic in 16 bits. AMD cards emulate it, slowly. The log says which: "
-            "`Using …NvFp4LinearKernel for NVFP4 GEMM`."
+            "activations and arithmetic in 16 bits. AMD cards emulate it, slowly. The log names the kernel."
         )
     else:
         out.append(
@@ -181,7 +180,7 @@ def _needs(told: Told, experts: int, words: ServeWords) -> tuple[str, ...]:
             "--enable-expert-parallel."
         )
     if words.drafter is not None:
-        out.append('The drafter is served as `"method":"mtp"`; without it vLLM takes it for a model of its own.')
+        out.append("The drafter runs by the method mtp; without that word vLLM takes it for a model of its own.")
     return tuple(out)
 
 

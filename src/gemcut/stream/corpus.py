@@ -254,7 +254,9 @@ def _of_classes(items: Sequence[_Item], classes: Sequence[str], path: Path) -> l
 def _chats(items: Sequence[_Item], path: Path) -> list[_Item]:
     found = [item for item in items if item.kind == "chat"]
     if not found:
-        raise UsageError("the corpus has no item with messages", where=path.name, wanted="chats, since chat_only is set")
+        raise UsageError(
+            "the corpus has no item with messages", where=path.name, wanted="chats, since chat_only is set"
+        )
     return found
 
 

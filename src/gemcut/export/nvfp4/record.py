@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
-from gemcut.export.nvfp4.scales import Method
-from gemcut.nvfp4.layout import KvCache, Layout, Scheme
+from gemcut.nvfp4.choices import KvCache, Layout, Method, Scheme
 from gemcut.types import Json
 
 RECORD = "nvfp4.json"
