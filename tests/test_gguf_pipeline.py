@@ -21,6 +21,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("gguf")
     make_tiny(folder / "dense", "dense-text", hidden_size=256)
     make_tiny(folder / "moe", "moe")
+    make_tiny(folder / "moe-wide", "moe-text", hidden_size=256)
     make_drafter(folder / "drafter", backbone=256)
     write_corpus(folder / "calibration.jsonl", 1)
     write_corpus(folder / "heldout.jsonl", 2)
@@ -72,6 +73,29 @@ def test_without_a_cut_and_again_for_free(place: Path, tmp_path: Path) -> None:
     assert names(pipeline.run(words(place), tmp_path), reused=False) == []
 
 
+@pytest.mark.parametrize(
+    ("model", "sets", "bound"),
+    [
+        ("dense", ("gguf.tiers=[Q8_0, Q4_K_M, CD-Q3_K_M]",), "exact"),
+        ("moe-wide", ("gguf.pad_experts=true", "gguf.max_shard_size=1MiB", "gguf.imatrix.roundings=2"), "exact"),
+        ("moe", ("plan.keep=5", "plan.guards.bootstrap=0", "score=reap"), "about"),
+    ],
+)
+def test_a_dry_run_says_sizes_and_how_sure_they_are(
+    place: Path, tmp_path: Path, model: str, sets: tuple[str, ...], bound: str
+) -> None:
+    asked = words(place, model, *sets)
+    found = preflight.estimate(asked, tmp_path / "dry").files
+    run = pipeline.run(asked, tmp_path, until="gguf")
+    written = [(one.name, len(one.parts), one.size_bytes) for one in gguf_stages.load_facts(run.files[0].parents[1])]
+    assert {one.bound for one in found} == {bound}
+    if bound == "exact":
+        assert [(one.name, one.parts, one.size_bytes) for one in found] == written
+    else:
+        for one, (_, _, size) in zip(found, written, strict=True):
+            assert abs(one.size_bytes - size) < 2000, "names and provenance alone differ"
+
+
 def test_the_floor_of_a_killed_run_goes_whatever_is_asked_next(place: Path, tmp_path: Path) -> None:
     """It is as large as the base in BF16."""
     killed, running = (tmp_path / "tiny" / f"kld-gguf-{key}" / "gemcut-floor-a" for key in ("0" * 12, "1" * 12))
@@ -106,7 +130,6 @@ def test_another_tier_keeps_the_files_that_are_there(place: Path, tmp_path: Path
 def test_a_cut_is_observed_itself_and_measured_from_the_uncut_base(place: Path, tmp_path: Path) -> None:
     cut = {"score": "reap", "plan": {"keep": 5, "guards": {"bootstrap": 0}}}
     asked = words(place, "moe", **cut)
-    found = preflight.estimate(asked, tmp_path / "dry")
     run = pipeline.run(asked, tmp_path)
     assert names(run, reused=False) == [
         "observe", "plan-reap", "cut-reap", "verify-reap", "observe-cut", "imatrix", "gguf", "kld-gguf", "kld",
@@ -118,9 +141,6 @@ def test_a_cut_is_observed_itself_and_measured_from_the_uncut_base(place: Path, 
     assert run.quantised is not None
     plain, quantised = (next(iter(one.values())) for one in (run.measured, run.quantised))
     assert plain.base_fingerprint == quantised.base_fingerprint
-    said = {one.name.rsplit("-", 1)[1]: one.size_bytes for one in found.files}
-    for path in run.files:
-        assert abs(said[path.name.rsplit("-", 1)[1]] - path.stat().st_size) < 2000, "names and provenance alone differ"
     card = (tmp_path / "tiny" / "report" / "README.md").read_text()
     assert "## GGUF files" in card
     assert "moe, uncut" in card
@@ -164,7 +184,10 @@ def test_what_cannot_be_is_refused_before_the_first_minute(
 def test_a_size_said_in_two_ways_is_one_file(place: Path, tmp_path: Path) -> None:
     sets = ("gguf.sizes=[1MiB, 1024KiB]", "gguf.fit=[{memory: 1GiB}, {memory: 1024MiB, kv: f16}]", "gguf.tiers=[]")
     found = preflight.estimate(words(place, "dense", *sets), tmp_path / "runs")
-    assert [one.name for one in found.files] == ["dense-1MiB.gguf", "dense-fit-1GiB.gguf"]
+    assert [(one.name, one.bound) for one in found.files] == [
+        ("dense-1MiB.gguf", "at most"),
+        ("dense-fit-1GiB.gguf", "at most"),
+    ]
 
 
 def test_the_coverage_gate_keeps_the_matrix(place: Path, tmp_path: Path) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod
 from pathlib import Path
+from typing import Literal
 
 from gemcut import machine, mixing, store
 from gemcut.checkpoint import Checkpoint
@@ -60,13 +61,17 @@ class GgufWords:
 
 @dataclass(frozen=True, slots=True)
 class FileCost:
-    """One file before it is written. Sizes are exact.   kinds: by role of tensor, largest first."""
+    """One file before it is written.
+
+    kinds: by role of tensor, largest first.   bound: how sure the size is; "exact" is to the byte.
+    """
 
     name: str
     parts: int
     size_bytes: int
     bits_per_weight: float
     kinds: tuple[sizes.KindSize, ...]
+    bound: Literal["exact", "at most", "about"] = "exact"
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +134,11 @@ class _Files:
             target, layout, parent=parent, quantiser=self.library.identity, max_shard_bytes=self.words.max_shard_bytes
         )
 
+    def header_bytes(self, layout: GgufLayout) -> int:
+        """Bytes before the payload, of all parts; types do not change them."""
+        types = stock.stock_types("Q8_0", layout, imatrix=False)
+        return sum(part.data_start for part in self.plan(layout, "trial.gguf", types, 0).parts)
+
 
 def plan_export(
     checkpoint: Checkpoint,
@@ -158,26 +168,9 @@ def plan_export(
     elif words.types or words.mix.asked:
         layout = layout_of(checkpoint)
         imatrix = None if words.imatrix is None else _imatrix(words.imatrix, layout, checkpoint)
-        importances: Importances | None = imatrix
-        stem, planned, suffix = file_stem(checkpoint), [], ""
-        if words.pad_experts:
-            layout, suffix = padding.pad_experts(layout), "-padded"
-            importances = None if imatrix is None else padding.PaddedImportances.of(imatrix, layout)
-        files = _Files(checkpoint, library, words, imatrix, importances)
-        mixes: tuple[Mix, ...] = ()
-        for asked in dict.fromkeys(name.strip().upper() for name in words.types):
-            types, number = _types(asked, layout, imatrix, given)
-            planned.append(files.plan(layout, f"{stem}-{asked}{suffix}.gguf", types, number))
-        if words.mix.asked:
-            trial = stock.stock_types("Q8_0", layout, imatrix=False)
-            parts = files.plan(layout, f"{stem}.gguf", trial, 0).parts
-            mixes = mixing.solve_mixes(
-                checkpoint, layout, words.mix, importances, sum(part.data_start for part in parts),
-                by_hand=given, threads=threads, library=library, progress=progress,
-            )  # fmt: skip
-            for mix in mixes:
-                planned.append(files.plan(layout, f"{stem}-{mix.name}{suffix}.gguf", mix.solution.types, mix.number))
-        exports.append(Export(checkpoint, layout, tuple(planned), mixes))
+        exports.append(
+            _plan_model(checkpoint, layout, words, given, imatrix, library, threads=threads, progress=progress)
+        )
     if words.projectors:
         layout = vision_layout_of(checkpoint)
         files = _Files(checkpoint, library, GgufWords((), max_shard_bytes=None), None, None)
@@ -187,6 +180,38 @@ def plan_export(
             planned.append(files.plan(layout, name, mixing.projector_types(layout, kind.base), kind.number))
         exports.append(Export(checkpoint, layout, tuple(planned)))
     return tuple(exports)
+
+
+def _plan_model(
+    checkpoint: Checkpoint,
+    layout: GgufLayout,
+    words: GgufWords,
+    given: Sequence[overrides.Override],
+    imatrix: Imatrix | None,
+    library: Library,
+    *,
+    threads: int = 1,
+    progress: Progress | None = None,
+) -> Export:
+    """The model's own files: of types and tiers, then of solved mixes."""
+    importances: Importances | None = imatrix
+    stem, planned, suffix = file_stem(checkpoint), [], ""
+    if words.pad_experts:
+        layout, suffix = padding.pad_experts(layout), "-padded"
+        importances = None if imatrix is None else padding.PaddedImportances.of(imatrix, layout)
+    files = _Files(checkpoint, library, words, imatrix, importances)
+    for asked in dict.fromkeys(name.strip().upper() for name in words.types):
+        types, number = _types(asked, layout, imatrix, given)
+        planned.append(files.plan(layout, f"{stem}-{asked}{suffix}.gguf", types, number))
+    mixes: tuple[Mix, ...] = ()
+    if words.mix.asked:
+        mixes = mixing.solve_mixes(
+            checkpoint, layout, words.mix, importances, files.header_bytes(layout),
+            by_hand=given, threads=threads, library=library, progress=progress,
+        )  # fmt: skip
+        for mix in mixes:
+            planned.append(files.plan(layout, f"{stem}-{mix.name}{suffix}.gguf", mix.solution.types, mix.number))
+    return Export(checkpoint, layout, tuple(planned), mixes)
 
 
 def _repacked(
@@ -243,37 +268,32 @@ def costs_of(exports: Sequence[Export]) -> list[FileCost]:
 
 
 def presumed_costs(
-    checkpoint: Checkpoint, words: GgufWords, library: Library, *, imatrix: bool
-) -> tuple[list[FileCost], int]:
-    """Files of `words.types` before there is an importance matrix, and the bytes of their header.
+    checkpoint: Checkpoint, words: GgufWords, library: Library, imatrix: Imatrix | None
+) -> tuple[list[FileCost], GgufLayout]:
+    """Files of `words.types` before there is an importance matrix, and their layout.
 
-    Exact for stock file types, but for what provenance says of the importances (some hundred bytes). ContribDynamic
-    tiers have each band's number of layers; which layers these are shifts the size where layers differ.
+    To the byte; but for ContribDynamic tiers where layers differ, since the importances choose among them, and for a
+    cut, whose name stands in the file: these are marked.
 
     Args:
-        imatrix: one will be there.
+        imatrix: `imatrix.presumed`; None: there will be none.
     Raises:
         UsageError: an unknown type or tier, a pattern that binds nothing, or a type that needs importances.
     """
     given, layout = overrides.parse_overrides(words.overrides), layout_of(checkpoint)
-    layout = padding.pad_experts(layout) if words.pad_experts else layout
-    suffix = "-padded" if words.pad_experts else ""
-    files = _Files(checkpoint, library, words, None, None)
-    trial = files.plan(layout, "trial.gguf", stock.stock_types("Q8_0", layout, imatrix=False), 0)
-    header, found = trial.parts[0].data_start, []
-    for asked in dict.fromkeys(name.strip().upper() for name in words.types):
-        if asked.startswith("CD-"):
-            falling = [float(layout.layers - i) for i in range(layout.layers)]
-            types = contribution.tier_types(asked, layout, falling) | overrides.decided(layout, given)
-        else:
-            types = stock.stock_types(asked, layout, imatrix=imatrix, overrides=given)
-        if not imatrix:
-            _refuse_starved(asked, asked if asked.startswith("CD-") else stock.file_type(asked).name, types, None)
-        size = sizes.file_size(header, types, layout)
-        bits = 8 * size.payload_bytes / max(size.elements, 1)
-        name = f"{file_stem(checkpoint)}-{asked}{suffix}.gguf"
-        found.append(FileCost(name, 1, size.size_bytes, bits, size.kinds))
-    return found, header
+    export = _plan_model(checkpoint, layout, replace(words, mix=NOTHING), given, imatrix, library)
+    cut, alike = isinstance(checkpoint, EditedCheckpoint), contribution.layers_alike(export.layout)
+    found = [
+        replace(one, bound="about") if cut or ("-CD-" in one.name and not alike) else one for one in costs_of([export])
+    ]
+    return found, export.layout
+
+
+def presumed_header_bytes(
+    checkpoint: Checkpoint, layout: GgufLayout, words: GgufWords, library: Library, imatrix: Imatrix | None
+) -> int:
+    """What a file of this layout has before its payload; arguments as of `presumed_costs`."""
+    return _Files(checkpoint, library, words, imatrix, None).header_bytes(layout)
 
 
 def estimate(exports: Sequence[Export], out: Path, threads: int, *, force: bool = False) -> GgufPreflight:

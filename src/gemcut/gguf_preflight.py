@@ -1,4 +1,4 @@
-"""What the GGUF stages of a recipe would read, write, need and take; sizes of stock files are exact.
+"""What the GGUF stages of a recipe would read, write, need and take; each file says how sure its size is.
 
 The times of quantising come from a trial of every type on a few rows, done while the dry run asks.
 """
@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import time
 from math import prod
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gemcut import exporting, gguf_stages, machine, mixing, models, stages
+from gemcut import exporting, gguf_stages, imatrices, machine, mixing, models, stages
 from gemcut.checkpoint import Checkpoint
 from gemcut.errors import UsageError
-from gemcut.export.imatrix import wants_importance
+from gemcut.export.imatrix import presumed, wants_importance
 from gemcut.export.layout import layout_of
 from gemcut.export.mix import measure, shapes
 from gemcut.export.mix.sizes import stored_bytes
@@ -35,6 +36,7 @@ from gemcut.preflight import (
     observe_cost,
 )
 from gemcut.recipe import GgufWords, Measure, Recipe
+from gemcut.vocabulary import size_bytes
 
 if TYPE_CHECKING:
     from gemcut.stream.corpus import Corpus
@@ -77,9 +79,18 @@ def gguf_costs(
 
 def file_costs(model: Checkpoint, layout: GgufLayout, words: GgufWords, library: Library) -> tuple[FileCost, ...]:
     """Every file; types are those that an importance matrix of the whole model would give."""
-    asked = exporting.GgufWords(words.tiers, overrides=words.overrides, pad_experts=words.pad_experts)
-    files, header_bytes = exporting.presumed_costs(model, asked, library, imatrix=words.imatrix is not None)
-    found = list(files)
+    importances, stand_in = words.imatrix, None
+    if importances is not None:
+        rounds = imatrices.words_of(importances.variant, importances.target, 0, (), importances.roundings).roundings
+        stand_in = presumed(layout, variant=importances.variant, roundings=rounds)
+    asked = exporting.GgufWords(
+        words.tiers,
+        None if stand_in is None else Path(gguf_stages.IMATRIX),
+        words.overrides,
+        None if words.max_shard_size is None else size_bytes(words.max_shard_size),
+        pad_experts=words.pad_experts,
+    )
+    found, layout = exporting.presumed_costs(model, asked, library, stand_in)
     drafter_bytes = None
     if words.drafter is not None:
         drafter = models.open_exportable(words.drafter.model)
@@ -93,7 +104,11 @@ def file_costs(model: Checkpoint, layout: GgufLayout, words: GgufWords, library:
     budgets = [(mixing.size_name(size), size) for size in gguf_stages.sizes(words)]
     for card in gguf_stages.cards(model, words, drafter_bytes):
         budgets.append((f"fit-{mixing.size_name(card.memory_bytes)}", mixing.weights_of(layout, card).weights_bytes))
+    if not budgets:
+        return tuple(found)
+    header_bytes = exporting.presumed_header_bytes(model, layout, asked, library, stand_in)
     least, most = solvable(layout, header_bytes, imatrix=words.imatrix is not None)
+    suffix = "-padded" if words.pad_experts else ""
     for name, budget in budgets:
         if budget < least:
             raise UsageError(
@@ -103,8 +118,9 @@ def file_costs(model: Checkpoint, layout: GgufLayout, words: GgufWords, library:
                 wanted=f"at least {least} bytes ({least / 2**30:.2f} GiB)",
                 hint="a larger size, an importance matrix for smaller types, or a smaller model",
             )
-        bits = 8 * min(budget, most) / sum(prod(tensor.shape) for tensor in layout.tensors)
-        found.append(FileCost(f"{exporting.file_stem(model)}-{name}.gguf", 1, min(budget, most), bits, ()))
+        bits = 8 * min(budget, most) / sum(tensor.weights for tensor in layout.tensors)
+        file = f"{exporting.file_stem(model)}-{name}{suffix}.gguf"
+        found.append(FileCost(file, 1, min(budget, most), bits, (), "at most"))
     return tuple(found)
 
 

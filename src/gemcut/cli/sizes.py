@@ -62,8 +62,8 @@ def show_preflight(talk: Talk, found: Preflight) -> None:
     if found.files:
         talk.table(
             "GGUF files",
-            ("file", "bytes, at most", "size", "bits per weight"),
-            [(f.name, f.size_bytes, size(f.size_bytes), f"{f.bits_per_weight:.3f}") for f in found.files],
+            ("file", "", "bytes", "size", "bits per weight"),
+            [(f.name, f.bound, f.size_bytes, size(f.size_bytes), f"{f.bits_per_weight:.3f}") for f in found.files],
         )
     talk.result(found, text="")
 

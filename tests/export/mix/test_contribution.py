@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from export.mix.goldens import layout
 from gemcut.errors import UsageError
-from gemcut.export.mix.contribution import TIERS, bands_of, contribution_of, tier_types
+from gemcut.export.mix.contribution import TIERS, bands_of, contribution_of, layers_alike, tier_types
+from gemcut.export.mix.sizes import file_size
 from gemcut.export.mix.stock import stock_types
 from gemcut.families.gguf import GgufLayout, GgufTensor
 from gemcut.ggml.types import GgmlType
@@ -39,6 +42,17 @@ def test_a_tier_differs_from_the_plain_file_type(name: str, case: str) -> None:
     assert {kind for key, kind in types.items() if "attn_k." in key} == {tier.attention}
     assert types["token_embd.weight"] is GgmlType.Q8_0
     assert types["output_norm.weight"] is GgmlType.F32
+
+
+@pytest.mark.parametrize("wider", [False, True])
+def test_a_tier_weighs_the_same_on_any_layers_only_where_they_are_alike(wider: bool) -> None:
+    model = layout("31B")
+    rows = [4 if wider and t.name == "blk.3.ffn_up.weight" else 1 for t in model.tensors]
+    tensors = [replace(t, shape=(t.shape[0] * n, *t.shape[1:])) for t, n in zip(model.tensors, rows, strict=True)]
+    model = replace(model, tensors=tuple(tensors))
+    orders = (np.arange(60.0), -np.arange(60.0))
+    sizes = [file_size(0, tier_types("CD-Q3_K_M", model, order), model).size_bytes for order in orders]
+    assert (sizes[0] == sizes[1]) is layers_alike(model) is not wider
 
 
 def test_a_tier_that_is_the_plain_file_type_is_refused() -> None:

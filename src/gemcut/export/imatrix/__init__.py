@@ -5,7 +5,7 @@ from gemcut.export.imatrix.entries import Entry, Imatrix, Inputs, Variant, fit, 
 from gemcut.export.imatrix.file import read_imatrix, write_imatrix
 from gemcut.export.imatrix.merge import merge
 from gemcut.export.imatrix.starved import PRIOR_TOKENS, Coverage, TensorCoverage, coverage, gate
-from gemcut.export.imatrix.statistics import from_statistics
+from gemcut.export.imatrix.statistics import from_statistics, presumed
 from gemcut.export.imatrix.take import take
 from gemcut.export.imatrix.variants import FORMULAS
 
@@ -26,6 +26,7 @@ __all__ = [
     "gate",
     "merge",
     "missing_entries",
+    "presumed",
     "read_imatrix",
     "take",
     "wants_importance",

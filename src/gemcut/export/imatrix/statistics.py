@@ -71,7 +71,7 @@ def from_statistics(
     meta = index.meta
     return Imatrix(
         entries=entries,
-        datasets=(f"corpus {meta.corpus_hash[:16]}",),
+        datasets=(_dataset(meta.corpus_hash),),
         chunks=max(1, meta.tokens // CHUNK_SIZE),
         chunk_size=CHUNK_SIZE,
         variant=variant,
@@ -82,6 +82,32 @@ def from_statistics(
         model_fingerprint=meta.model_fingerprint,
         corpus_hash=meta.corpus_hash,
     )
+
+
+def presumed(layout: GgufLayout, *, variant: Variant = "plain", roundings: int = 1) -> Imatrix:
+    """An importance matrix as `from_statistics` will make it, before there are statistics: it fills as many bytes of a
+    file's header, and asks as much of its types; what it says of columns and layers is nobody's measurement."""
+    wanted = [tensor for tensor in layout.tensors if wants_importance(tensor)]
+    entries = {}
+    for tensor in wanted:
+        assert tensor.layer is not None
+        units = tensor.shape[0] if len(tensor.shape) == 3 else 1
+        # no line through the layers, which says nothing of them
+        sums = np.full((units, tensor.shape[-1]), np.exp((tensor.layer / layout.layers) ** 2))
+        entries[tensor.name] = entry_of(sums, np.ones(units))
+    return Imatrix(
+        entries=entries,
+        datasets=(_dataset("0" * 64),),
+        chunks=1,
+        chunk_size=CHUNK_SIZE,
+        variant=variant,
+        roundings=roundings,
+        corpus_hash="0" * 64,
+    )
+
+
+def _dataset(corpus_hash: str) -> str:
+    return f"corpus {corpus_hash[:16]}"
 
 
 def _inputs(found: Moments, name: str) -> Inputs:

@@ -95,6 +95,16 @@ def tier_types(name: str, layout: GgufLayout, contribution: Sequence[float] | F6
     return types
 
 
+def layers_alike(layout: GgufLayout) -> bool:
+    """Whether a tier weighs the same whichever layers its bands take."""
+    shapes: dict[str, set[tuple[int, ...]]] = {}
+    for tensor in layout.tensors:
+        place = _PLACE.fullmatch(tensor.name)
+        if place is not None and place[2].startswith(FEED_FORWARD):
+            shapes.setdefault(place[2], set()).add(tensor.shape)
+    return all(len(found) == 1 for found in shapes.values())
+
+
 def bands_of(layout: GgufLayout, contribution: Sequence[float] | F64) -> tuple[int, ...]:
     """The band of each layer: 0 top, 1 middle, 2 low. The top band is never empty.
 
