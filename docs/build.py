@@ -50,7 +50,8 @@ EXAMPLES = {
     "nvfp4": "gemcut nvfp4 demo:moe -o nvfp4a16\n"
     "gemcut nvfp4 demo:moe --scheme NVFP4 --targets mlp+experts --stats stats --kv bound -o nvfp4\n"
     "gemcut nvfp4 nvfp4 --convert --layout modelopt -o nvfp4-modelopt\n"
-    "gemcut verify nvfp4a16 --base demo:moe",
+    "gemcut verify nvfp4a16 --base demo:moe\n"
+    "gemcut gguf nvfp4a16 -t NVFP4 -o gguf",
     "kld": "gemcut kld demo:moe small --corpus demo:heldout",
     "canary": "gemcut canary demo:dense small --base-answers answers.json -o canary",
     "run": "gemcut run gemma4-26b-98e --set observe.corpus=my.jsonl --set kld.corpus=heldout.jsonl --dry-run",
