@@ -16,7 +16,7 @@ from gemcut.checkpoint import Checkpoint
 from gemcut.jobs import STATISTICS, Job
 from gemcut.nvfp4_stages import MODEL, Packed
 from gemcut.recipe import STAGES, CanaryWords, Measure, Nvfp4Words
-from gemcut.records.canary import load_canary
+from gemcut.records.canary import CanaryResult, load_canary
 from gemcut.runs import Stage
 from gemcut.types import KldResult
 
@@ -47,11 +47,11 @@ def pack(job: Job, last: int, model: Checkpoint, cut: Stage | None = None) -> Pa
     name = f"{model.name.rpartition('/')[2].partition('@')[0].replace(':', '-')}-{words.scheme}"
     checks = tuple(stages.load_checks(checked.folder))
     packed = Packed(made.folder / MODEL, name, model, words.drafter, checks)
-    job.result.packed = packed.folder
+    job.result.packed = packed
     if job.recipe.canary is not None:
-        _canary(job, job.recipe.canary, made)
+        packed = job.result.packed = replace(packed, canary=_canary(job, job.recipe.canary, made))
     if last >= STAGES.index("kld") and job.recipe.kld is not None:
-        packed = replace(packed, measured=_measure(job, job.recipe.kld, made, name))
+        packed = job.result.packed = replace(packed, measured=_measure(job, job.recipe.kld, made, name))
     return packed
 
 
@@ -70,7 +70,7 @@ def _export(job: Job, words: Nvfp4Words, model: Checkpoint, observed: Stage | No
     )
 
 
-def _canary(job: Job, words: CanaryWords, made: Stage) -> None:
+def _canary(job: Job, words: CanaryWords, made: Stage) -> CanaryResult:
     """The folder answers like the base, or the run ends here; what is written stays."""
     asked = job.stage(
         "canary",
@@ -81,7 +81,9 @@ def _canary(job: Job, words: CanaryWords, made: Stage) -> None:
             job.base, made.folder / MODEL, words, job.answers(words), folder / CANARY, progress=job.progress
         ),
     )
-    refuse_failed(load_canary(asked.folder / CANARY))
+    found = load_canary(asked.folder / CANARY)
+    refuse_failed(found)
+    return found
 
 
 def _measure(job: Job, words: Measure, made: Stage, name: str) -> KldResult:

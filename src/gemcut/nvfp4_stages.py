@@ -8,18 +8,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gemcut import machine, stages, store
+from gemcut import machine, shipped, stages, store
 from gemcut.checkpoint import Checkpoint, open_checkpoint
 from gemcut.export.nvfp4.choice import choose
 from gemcut.export.nvfp4.record import RECORD
 from gemcut.nvfp4.layout import tensors_of
 from gemcut.recipe import Nvfp4Words
-from gemcut.serve import ServeWords, serving
+from gemcut.serve import ServeWords, Serving, serving
 from gemcut.types import DTYPE_BYTES, Json, KldResult
 
 if TYPE_CHECKING:
     from gemcut.export.nvfp4.check import Nvfp4Verified
     from gemcut.export.nvfp4.run import Nvfp4Report, Settings
+    from gemcut.records.canary import CanaryResult
     from gemcut.report import Check, ModelFacts, Nvfp4, Nvfp4Part
 
 Progress = Callable[[int, int, str], None]
@@ -37,6 +38,7 @@ class Packed:
     parent: Checkpoint
     drafter: str | None
     checks: tuple[Check, ...] = ()
+    canary: CanaryResult | None = None
     measured: KldResult | None = None
 
     def open(self) -> Checkpoint:
@@ -105,6 +107,24 @@ def checks(found: Nvfp4Verified) -> list[Check]:
     return [*(Check(name, True, detail) for name, detail in lines), *stages.checks(found.verified)]
 
 
+def local_model(ref: str) -> str:
+    """A model as a server on this machine finds it."""
+    path = shipped.model_path(ref)
+    return ref if path is None else str(path)
+
+
+def public_model(ref: str) -> str:
+    """The same for others: without the folders of this machine."""
+    path = shipped.model_path(ref)
+    return path.name if path is not None else Path(ref).name if Path(ref).exists() else ref
+
+
+def served_here(packed: Packed) -> Serving:
+    """The command on this machine."""
+    drafter = None if packed.drafter is None else local_model(packed.drafter)
+    return serving(packed.open(), ServeWords(model=str(packed.folder), name=packed.name, drafter=drafter))
+
+
 # ---------------------------------------------------------------- for the report
 
 
@@ -114,7 +134,8 @@ def described(packed: Packed, against: str) -> Nvfp4:
 
     folder, parent = packed.open(), packed.parent
     record = store.read_json(packed.folder / RECORD, "record of an NVFP4 checkpoint")
-    served = serving(folder, ServeWords(drafter=packed.drafter))
+    drafter = None if packed.drafter is None else public_model(packed.drafter)
+    served = serving(folder, ServeWords(drafter=drafter))
     left = record.get("left")
     reasons = Counter(str(why) for why in left.values()) if isinstance(left, dict) else Counter()
     borrowed = record.get("borrowed")

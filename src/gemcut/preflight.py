@@ -74,7 +74,7 @@ def estimate(recipe: Recipe, runs: Path, *, until: str = "report") -> Preflight:
     model = base
     if words is not None:
         some = some_heads(base, words) if isinstance(words, HeadWords) else some_experts(base, words)
-        model = surgery.cut_for_gguf(base, some) if recipe.gguf is not None else base
+        model = surgery.cut_for_gguf(base, some) if recipe.gguf or recipe.nvfp4 else base
         costs += _cut_costs(recipe, base, some, rates)
     files: tuple[FileCost, ...] = ()
     if recipe.gguf is not None:
@@ -82,6 +82,10 @@ def estimate(recipe: Recipe, runs: Path, *, until: str = "report") -> Preflight:
 
         behind, files = gguf_costs(recipe, base, model, corpus, rates)
         costs += behind
+    if recipe.nvfp4 is not None:
+        from gemcut.nvfp4_preflight import nvfp4_costs  # it adds up with what stands here
+
+        costs += nvfp4_costs(recipe, base, model, corpus, rates)
     costs.append(StageCost("report", "", 0, SMALL_WRITE_BYTES, LIGHT_MEMORY_BYTES, None))
     costs.sort(key=lambda cost: STAGES.index(cost.name))
     last = STAGES.index(until) if until in STAGES else len(STAGES)
@@ -90,9 +94,10 @@ def estimate(recipe: Recipe, runs: Path, *, until: str = "report") -> Preflight:
 
 
 def _observes(recipe: Recipe) -> bool:
-    """Whether importances are wanted where nothing is cut."""
+    """Whether statistics are wanted where nothing is cut."""
     words = recipe.gguf
-    return words is not None and words.imatrix is not None and (bool(words.tiers) or words.solves)
+    files = words is not None and words.imatrix is not None and (bool(words.tiers) or words.solves)
+    return files or (recipe.nvfp4 is not None and recipe.nvfp4.observes)
 
 
 def _cut_costs(recipe: Recipe, base: Checkpoint, some: Plan, rates: machine.Rates) -> list[StageCost]:
@@ -105,10 +110,10 @@ def _cut_costs(recipe: Recipe, base: Checkpoint, some: Plan, rates: machine.Rate
     costs.append(_copy("cut", choices * base.size_bytes, choices * kept, rates))
     costs.append(_copy("verify", base.size_bytes + kept, SMALL_WRITE_BYTES, rates))
     if recipe.canary is not None:
-        costs.append(_canary(base))
+        costs.append(canary_cost(base))
     if recipe.kld is not None:
         text = stages.corpus_of(recipe.kld, base)
-        costs.append(_kld(base, text, choices, kept, recipe.kld.dtype, rates))
+        costs.append(kld_cost(base, text, choices, kept, recipe.kld.dtype, rates))
     return costs
 
 
@@ -211,7 +216,8 @@ def observe_cost(base: Checkpoint, corpus: Corpus, words: Observe, rates: machin
     return StageCost("observe", "", base.size_bytes, written, need, max(compute, reading))
 
 
-def _kld(base: Checkpoint, text: Corpus, choices: int, kept: int, dtype: str, rates: machine.Rates) -> StageCost:
+def kld_cost(base: Checkpoint, text: Corpus, choices: int, kept: int, dtype: str, rates: machine.Rates) -> StageCost:
+    """So many candidates of `kept` bytes, streamed beside the base."""
     passes = 2 * active_parameters(base) * text.tokens * (1 + choices)
     read = base.size_bytes + choices * kept
     widest = 4 if dtype == "float32" else 2
@@ -240,7 +246,7 @@ def _heal(base: Checkpoint, plan: Plan, words: HealWords, observed: str, rates: 
     )
 
 
-def _canary(base: Checkpoint) -> StageCost:
+def canary_cost(base: Checkpoint) -> StageCost:
     """One model at a time, whole; the salvage search asks again as often as it needs, so that no time is said."""
     small = base.size_bytes <= 1 << 30  # answered in float32
     need = base.size_bytes * (2 if small else 1) + KLD_EXTRA_BYTES

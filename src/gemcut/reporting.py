@@ -114,7 +114,9 @@ def facts(
         commands=commands(recipe),
         quants=None if quantised is None else quants(recipe, against, quantised, measured.get(chosen)),
         nvfp4=None if packed is None else nvfp4_stages.described(packed, against),
-        checks=() if packed is None else tuple(replace(one, name=f"NVFP4: {one.name}") for one in packed.checks),
+        checks=()
+        if packed is None
+        else tuple(replace(one, name=f"NVFP4: {one.name}") for one in (*packed.checks, *canary_checks(packed.canary))),
         limits=(DEMO_LIMIT,) if base.name.startswith("demo:") else (),
         versions={"gemcut": version(), **machine.stack()},
         seeds={"bootstrap of the KLD": recipe.kld.seed} if recipe.kld else {},
@@ -273,7 +275,8 @@ def write_uncut(
             candidate=nvfp4_stages.model_facts(packed, data.base),
             kld=() if entry is None else (entry,),
             manifest=records.load_manifest(packed.folder / "manifest.json"),
-            checks=packed.checks,
+            checks=(*packed.checks, *canary_checks(packed.canary)),
+            extras=canary_tables(packed.canary),
         )
     made = [*(["GGUF"] if quantised is not None else []), *([data.nvfp4.scheme] if data.nvfp4 is not None else [])]
     title = data.title or f"{base.name} in {' and '.join(made)}"

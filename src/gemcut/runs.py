@@ -10,11 +10,15 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from gemcut import machine, store
 from gemcut.errors import UsageError
 from gemcut.recipe import Recipe
 from gemcut.types import Json, KldResult
+
+if TYPE_CHECKING:
+    from gemcut.nvfp4_stages import Packed
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +55,7 @@ class Run:
     chosen: str | None = None
     measured: dict[str, KldResult] | None = None
     files: tuple[Path, ...] = ()  # GGUF
-    packed: Path | None = None  # NVFP4
+    packed: Packed | None = None  # NVFP4
     quantised: dict[str, KldResult] | None = None
 
 

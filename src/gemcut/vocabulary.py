@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, field_validator, model_validator
 
@@ -45,6 +45,13 @@ def _is_size(text: str) -> str:
 Size = Annotated[str, AfterValidator(_is_size)]
 # YAML has no tuples: lists are accepted where a word holds several, everything else stays strict.
 Names = Annotated[tuple[str, ...], Field(strict=False)]
+
+
+def choices_of(annotation: object) -> list[str]:
+    """What a word that is one of several may be, in order."""
+    if get_origin(annotation) is Literal:
+        return [str(one) for one in get_args(annotation)]
+    return [one for part in get_args(annotation) for one in choices_of(part)]
 
 
 class Words(BaseModel):
@@ -278,8 +285,10 @@ class Nvfp4Words(Words):
         default="keep",
         description="matrices whose width is no multiple of 16 stay as they are, or are an error",
     )
-    device: str = Field(default="cpu", description="cpu, cuda, cuda:1")
-    threads: int | None = Field(default=None, gt=0, description="that quantise; one for each free core by default")
+    device: str = Field(default="cpu", description="where blocks are rounded: cpu, cuda, cuda:1")
+    threads: int | None = Field(
+        default=None, gt=0, description="threads that quantise; one for each free core by default"
+    )
     drafter: str | None = Field(default=None, description="a model that the serving line drafts with")
 
     @property

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -15,73 +17,41 @@ from gemcut.cli.sizes import size
 if TYPE_CHECKING:
     from gemcut.checkpoint import Checkpoint
     from gemcut.export.nvfp4.run import Nvfp4Report, Prepared
-    from gemcut.export.nvfp4.scales import Method
-    from gemcut.nvfp4.layout import Layout
+    from gemcut.recipe import Nvfp4Words
+    from gemcut.serve import Serving
 
-_SHOWN = 5
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def _word(name: str, *, choices: bool = False, **more: Any) -> Callable[[_F], _F]:
+    """A flag that is a word of the recipe: its choices, its default and its meaning stand there."""
+    from gemcut.vocabulary import Nvfp4Words, choices_of
+
+    info = Nvfp4Words.model_fields[name]
+    about = info.description or ""
+    if choices:
+        more["type"] = click.Choice(choices_of(info.annotation), case_sensitive=name != "scheme")
+    if not more.get("multiple"):
+        more |= {"default": info.default, "show_default": info.default is not None}
+    return click.option(f"--{name.replace('_', '-')}", help=f"{about[:1].upper()}{about[1:]}.", **more)
 
 
 @click.command()
 @click.argument("model")
-@click.option(
-    "--scheme",
-    type=click.Choice(["NVFP4A16", "NVFP4"], case_sensitive=False),
-    default="NVFP4A16",
-    show_default=True,
-    help="Four-bit weights; NVFP4 has four-bit activations too, and wants --stats.",
-)
-@click.option(
-    "--targets",
-    type=click.Choice(["mlp", "mlp+experts", "all"]),
-    default="mlp+experts",
-    show_default=True,
-    help="What is quantised; all takes attention as well.",
-)
+@_word("scheme", choices=True)
+@_word("targets", choices=True)
 @options.out_folder
 @click.option("--stats", type=click.Path(), help="A folder of gemcut observe on this model.")
-@click.option(
-    "--scales",
-    type=click.Choice(["minmax", "four_over_six", "sweep", "weighted"]),
-    help="Rule of block scales. By default weighted with --stats, sweep without.",
-)
-@click.option(
-    "--activations",
-    type=click.Choice(["max", "headroom"]),
-    default="max",
-    show_default=True,
-    help="Rule of the activations' scale, for NVFP4.",
-)
-@click.option(
-    "--max-borrowed",
-    type=click.FloatRange(0, 1),
-    default=0.2,
-    show_default=True,
-    help="Share of a layer's experts that may take their peers' activation scale; more is exit code 5.",
-)
-@click.option(
-    "--kv",
-    type=click.Choice(["none", "one", "bound", "calibrated"]),
-    default="none",
-    show_default=True,
-    help="Scales of an FP8 cache: 1, what nothing overflows, or what was seen (--stats).",
-)
-@click.option(
-    "--layout",
-    type=click.Choice(["compressed-tensors", "modelopt"]),
-    default="compressed-tensors",
-    show_default=True,
-    help="Names of the tensors on disk.",
-)
-@click.option("--ignore", multiple=True, metavar="REGEX", help="Modules that stay, as 'layers.0.mlp'; many times.")
-@click.option(
-    "--narrow",
-    type=click.Choice(["keep", "refuse"]),
-    default="keep",
-    show_default=True,
-    help="Matrices whose width is no multiple of 16 stay as they are, or are an error.",
-)
-@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1.")
-@click.option("--threads", type=click.IntRange(min=1), help="Threads that quantise; by default one for each free core.")
+@_word("scales", choices=True)
+@_word("activations", choices=True)
+@_word("max_borrowed", type=click.FloatRange(0, 1))
+@_word("kv", choices=True)
+@_word("layout", choices=True)
+@_word("ignore", multiple=True, metavar="REGEX")
+@_word("narrow", choices=True)
+@_word("device")
+@_word("threads", type=click.IntRange(min=1))
+@_word("drafter", metavar="MODEL")
 @click.option("--convert", is_flag=True, help="MODEL is an NVFP4 folder already: write it in --layout, losslessly.")
 @click.option("--copy", is_flag=True, help="Copy unchanged shards instead of hard-linking them.")
 @options.force
@@ -91,34 +61,32 @@ def nvfp4(
     model: str,
     out: str,
     stats: str | None,
-    scales: Method | None,
     convert: bool,
     copy: bool,
     force: bool,
     dry_run: bool,
     talk: Talk,
-    **words: Any,
+    **said: Any,
 ) -> None:
     """Write an NVFP4 checkpoint straight from safetensors.
 
     Experts come apart, as servers want them; what is not quantised stays byte for byte. nvfp4.json says what became of
-    every module. A run that was killed starts again.
+    every module. A run that was killed starts again. The command that serves the folder is printed at the end; gemcut
+    show prints it again, for other cards, contexts and drafters.
     """
-    from gemcut import machine, models
-    from gemcut.export.nvfp4.run import Settings, prepare, write_nvfp4
+    from gemcut import models, nvfp4_stages, recipe
+    from gemcut.export.nvfp4.run import prepare, write_nvfp4
 
+    words = recipe.nvfp4_words({**said, "ignore": list(said["ignore"])})
     if convert:
-        _convert(model, Path(out), words["layout"], force, dry_run, copy, talk)
+        _convert(model, Path(out), words, force, dry_run, copy, talk)
         return
-    base = models.open_any(model)
-    words["ignore"] = tuple(words["ignore"])
-    words["threads"] = words["threads"] or machine.free_cores()
-    prepared = prepare(base, Settings(scales=scales or "", **words), Path(stats) if stats else None)
+    prepared = prepare(models.open_any(model), nvfp4_stages.settings(words), Path(stats) if stats else None)
     if dry_run:
         _show_sizes(prepared, Path(out), talk)
         return
     _show_left(prepared, talk)
-    _show(write_nvfp4(prepared, Path(out), force=force, link=not copy, progress=talk.progress), out, talk)
+    _show(write_nvfp4(prepared, Path(out), force=force, link=not copy, progress=talk.progress), out, words, talk)
 
 
 def _show_sizes(prepared: Prepared, out: Path, talk: Talk) -> None:
@@ -155,33 +123,56 @@ def _show_left(prepared: Prepared, talk: Talk) -> None:
         talk.say(f"{len(prepared.borrowed)} linears of experts saw too little text and borrow from their peers")
 
 
-def _show(report: Nvfp4Report, out: str, talk: Talk) -> None:
+def _show(report: Nvfp4Report, out: str, words: Nvfp4Words, talk: Talk) -> None:
+    served = _serving(out, words)
+    facts = {field.name: getattr(report, field.name) for field in dataclasses.fields(report)}
     talk.result(
-        report,
+        {**facts, "serving": served},
         path=out,
         text=f"{out}: {size(report.size_bytes_before)} → {size(report.size_bytes)}, {report.modules} linears in "
         f"{report.scheme}; relative error {report.relative_error:.4f} on average, {report.worst[1]:.4f} at most "
-        f"({report.worst[0]})",
+        f"({report.worst[0]})\n\n{spoken(served)}",
     )
 
 
-def _convert(model: str, out: Path, layout: Layout, force: bool, dry_run: bool, copy: bool, talk: Talk) -> None:
+def _serving(out: str, words: Nvfp4Words) -> Serving:
+    from gemcut.checkpoint import open_checkpoint
+    from gemcut.nvfp4_stages import local_model
+    from gemcut.serve import ServeWords, serving
+
+    drafter = None if words.drafter is None else local_model(words.drafter)
+    return serving(open_checkpoint(Path(out), any_architecture=True), ServeWords(model=out, drafter=drafter))
+
+
+def spoken(served: Serving) -> str:
+    """The command, and below it what it needs."""
+    return "\n".join((served.line, "", *served.needs))
+
+
+def _convert(model: str, out: Path, words: Nvfp4Words, force: bool, dry_run: bool, copy: bool, talk: Talk) -> None:
     from gemcut import models
     from gemcut.export.nvfp4.convert import convert, plan_conversion
 
-    source = models.open_any(model)
-    meant = plan_conversion(source, layout)
+    quantising = [name for name in type(words).model_fields if name not in ("layout", "drafter")]
+    options.refuse("stats", *quantising, wanted="a checkpoint that is not quantised yet, without --convert")
+    meant = plan_conversion(models.open_any(model), words.layout)
     if dry_run:
         talk.result(
             {"modules": meant.modules, "inexact": meant.inexact},
             path=str(out),
-            text=f"{out}: {meant.modules} linears would be written as {layout} has them; nothing was written",
+            text=f"{out}: {meant.modules} linears would be written as {words.layout} has them; nothing was written",
         )
         return
     if meant.inexact:
         talk.say(f"{meant.inexact} scales have a reciprocal that float32 cannot turn back: the last bit may change")
     manifest = convert(meant, out, force=force, link=not copy, progress=talk.progress)
-    talk.result(manifest, path=str(out), text=f"{out}: {meant.modules} linears, as {layout} has them")
+    served = _serving(str(out), words)
+    facts = {field.name: getattr(manifest, field.name) for field in dataclasses.fields(manifest)}
+    talk.result(
+        {**facts, "serving": served},
+        path=str(out),
+        text=f"{out}: {meant.modules} linears, as {words.layout} has them\n\n{spoken(served)}",
+    )
 
 
 def nvfp4_folder(model: str) -> Checkpoint | None:
@@ -197,20 +188,10 @@ def nvfp4_folder(model: str) -> Checkpoint | None:
 
 def verify_folder(found: Checkpoint, base: str, talk: Talk) -> None:
     """Structure and numbers against the base, and every byte against the record."""
-    from gemcut import models, stages
+    from gemcut import models, nvfp4_stages
     from gemcut.export.nvfp4.check import verify_nvfp4
 
     report = verify_nvfp4(found, models.open_model(base), progress=talk.progress)
-    error, (module, worst) = report.relative_error, report.worst
-    rows = [
-        ("linears in " + report.scheme, f"{report.modules}, {report.bits_per_weight:.3f} bits per weight"),
-        ("they read back", f"relative error {error:.4f} on average, {worst:.4f} at most ({module})"),
-        ("scales", "finite, plausible, shared where servers fuse"),
-        ("ignore list", "says what the tensors say, under the names and rules of vLLM"),
-        ("everything else", f"{report.untouched} tensors are the base's, byte for byte"),
-        ("size", f"{100 * report.size_ratio:.1f} % of the base"),
-    ]
-    rows += [("FP8 cache", "scales of every layer are plausible")] if report.cache else []
-    rows += [(one.name, one.detail) for one in stages.checks(report.verified)]
-    talk.table("Verified", ("check", "", ""), [(name, "passed", detail) for name, detail in rows])
+    rows = [(one.name, "passed", one.detail) for one in nvfp4_stages.checks(report)]
+    talk.table("Verified", ("check", "", ""), rows)
     talk.result(report, path=str(found.path), text="")

@@ -98,12 +98,23 @@ def _run(ref: str, sets: tuple[str, ...], until: str, runs: Path, force: bool, d
         from gemcut.cli.measure import show_kld
 
         show_kld(talk, done.quantised, title="GGUF files on held-out text, KL(base ‖ file)")
+    served = packed = None
+    if done.packed is not None:
+        from gemcut.cli.measure import show_kld
+        from gemcut.nvfp4_stages import served_here
+
+        served, packed = served_here(done.packed), done.packed.folder
+        if done.packed.measured is not None:
+            measured = {done.packed.name: done.packed.measured}
+            show_kld(talk, measured, title="NVFP4 on held-out text, KL(base ‖ checkpoint)")
     talk.result(
         {
             "run": str(done.folder),
             "model": str(done.model) if done.model else None,
             "report": str(done.report) if done.report else None,
             "files": [str(path) for path in done.files],
+            "nvfp4": str(done.packed.folder) if done.packed else None,
+            "serving": served,
             "stages": [
                 {
                     "name": s.name,
@@ -115,14 +126,16 @@ def _run(ref: str, sets: tuple[str, ...], until: str, runs: Path, force: bool, d
                 for s in done.done
             ],
         },
-        path=done.report or (done.files[0].parent if done.files else done.model) or done.folder,
+        path=done.report or (done.files[0].parent if done.files else packed or done.model) or done.folder,
         text="\n".join(
             line
             for line in (
                 f"model   {done.model}" if done.model else "",
                 f"files   {done.files[0].parent}" if done.files else "",
+                f"nvfp4   {packed}" if packed else "",
                 f"report  {done.report}" if done.report else "",
                 f"run     {done.folder}",
+                f"\n{served.line}" if served else "",
             )
             if line
         ),
