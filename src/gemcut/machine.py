@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import platform
@@ -14,6 +15,7 @@ import numpy as np
 import psutil
 
 _STACK = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "huggingface_hub")
+_OPTIONAL = ("compressed_tensors",)
 _PROBE_BYTES = 64 << 20
 _LOOK_SECONDS = 0.3
 
@@ -88,13 +90,16 @@ def load() -> float:
 
 
 def stack() -> dict[str, str]:
-    """Versions that a number depends on; no host, user or path."""
+    """Versions that a number depends on, optional packages where they are installed; no host, user or path."""
     versions = {"python": platform.python_version()}
     for name in _STACK:
         try:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             versions[name] = "absent"
+    for name in _OPTIONAL:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
     return versions
 
 

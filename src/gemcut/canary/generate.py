@@ -13,20 +13,22 @@ from dataclasses import dataclass
 from typing import Any, cast, get_args
 
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig
-from transformers.utils import logging as transformers_logging
+from transformers import GenerationConfig
 
 from gemcut import machine
 from gemcut.canary.prompts import PROMPTS, prompts_hash
 from gemcut.canary.settings import CanarySettings
 from gemcut.checkpoint import Checkpoint
 from gemcut.errors import CheckpointError, MissingError
+from gemcut.nvfp4.describe import weights_by_tensor
+from gemcut.nvfp4.layout import is_nvfp4
 from gemcut.records.canary import Answer, Answers, Said, Style, condition_name
 from gemcut.store import fingerprint, read_json
 from gemcut.stream.devices import use_free_cores
 from gemcut.stream.model import stored_dtype
 from gemcut.stream.rendering import Rendered, Tokenizer, open_tokenizer, render_question, render_text
 from gemcut.stream.weights import DTYPE_NAMES, named_dtype
+from gemcut.stream.whole import load_whole
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +76,8 @@ class Speaker:
         """Load it. Weights up to 1 GiB compute in float32 unless a dtype is given.
 
         Raises:
-            MissingError: it does not fit into memory.
+            MissingError: it does not fit into memory, or a package is absent; see `load_whole`.
+            UsageError: it is quantised in a way that does not load.
             CheckpointError: transformers cannot load it, or some of its tensors would be left random or unused.
         """
         dtype = compute_dtype(checkpoint, settings)
@@ -82,38 +85,9 @@ class Speaker:
         device = torch.device(settings.device)
         if device.type == "cpu":
             use_free_cores()
-        bars = transformers_logging.is_progress_bar_enabled()
-        transformers_logging.disable_progress_bar()  # only the console draws
-        try:
-            model, info = AutoModelForCausalLM.from_pretrained(
-                checkpoint.path,
-                dtype=dtype,
-                attn_implementation="eager",
-                experts_implementation="eager",
-                local_files_only=True,
-                trust_remote_code=False,
-                use_safetensors=True,
-                output_loading_info=True,
-            )
-        except (ValueError, KeyError, TypeError, AttributeError, OSError, RuntimeError) as error:
-            raise CheckpointError(
-                "transformers cannot load this checkpoint",
-                where=checkpoint.name,
-                got=f"{type(error).__name__}: {error}".split("\n")[0][:200],
-            ) from error
-        finally:
-            if bars:
-                transformers_logging.enable_progress_bar()
-        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-            if info[kind]:
-                names = sorted(str(key) for key in info[kind])
-                raise CheckpointError(
-                    f"the checkpoint does not load cleanly: {kind.replace('_', ' ')}",
-                    where=checkpoint.name,
-                    got=f"{len(names)}: {', '.join(names[:3])}",
-                    wanted="every tensor in its place",
-                )
-        return cls(checkpoint, model.eval().requires_grad_(False).to(device), dtype, device)
+        # eager, both: a prompt in a batch then gets the tokens that it gets alone
+        model = load_whole(checkpoint, dtype=dtype, device=settings.device, attention="eager", experts="eager")
+        return cls(checkpoint, model, dtype, device)
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[Ids], max_new_tokens: int) -> list[Ids]:
@@ -260,10 +234,14 @@ def end_ids(checkpoint: Checkpoint) -> tuple[int, ...]:
 
 
 def compute_dtype(checkpoint: Checkpoint, settings: CanarySettings) -> torch.dtype:
-    """The dtype that was asked for; float32 for small weights, else as stored."""
+    """The dtype that was asked for; float32 for small weights, else as stored.
+
+    Quantised weights count as two bytes each, so that a candidate computes in the dtype of its base.
+    """
     if settings.dtype is not None:
         return named_dtype(settings.dtype)
-    return torch.float32 if checkpoint.size_bytes <= _FLOAT32_BYTES else stored_dtype(checkpoint)
+    size = 2 * sum(weights_by_tensor(checkpoint).values()) if is_nvfp4(checkpoint.config) else checkpoint.size_bytes
+    return torch.float32 if size <= _FLOAT32_BYTES else stored_dtype(checkpoint)
 
 
 def need_memory(checkpoint: Checkpoint, dtype: torch.dtype, settings: CanarySettings) -> None:
@@ -272,7 +250,7 @@ def need_memory(checkpoint: Checkpoint, dtype: torch.dtype, settings: CanarySett
     Raises:
         MissingError: weights in the compute dtype and 0.5 GiB to work in exceed what is free or allowed.
     """
-    needed = sum(ref.elements for ref in checkpoint.tensors.values()) * dtype.itemsize + _WORK_BYTES
+    needed = sum(weights_by_tensor(checkpoint).values()) * dtype.itemsize + _WORK_BYTES
     free = machine.available_bytes()
     device = torch.device(settings.device)
     if device.type == "cuda":

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from gemcut.checkpoint.read import Checkpoint
 from gemcut.families.base import COMPONENTS
 from gemcut.types import Kind
+
+if TYPE_CHECKING:
+    from gemcut.nvfp4.describe import Quantised
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,17 +53,20 @@ class Inspection:
     experts_per_token: int  # 0 for a dense decoder
     components: tuple[Component, ...]  # in the order of families.base.COMPONENTS, empty ones left out
     cuttable: tuple[Cuttable, ...]
+    quantised: Quantised | None  # None: plain weights
 
 
 def inspect(checkpoint: Checkpoint) -> Inspection:
-    """Count parameters and bytes; no tensor byte is read."""
-    family = checkpoint.family
+    """Count parameters and bytes; no tensor byte is read. The scales of quantised weights are no parameters."""
+    from gemcut.nvfp4.describe import describe, weights_by_tensor  # which is built on this package
+
+    family, quantised, weights = checkpoint.family, describe(checkpoint), weights_by_tensor(checkpoint)
     counts: dict[str, list[int]] = {name: [0, 0, 0] for name in COMPONENTS}
     dtypes: dict[str, int] = {}
     for ref in checkpoint.tensors.values():
         row = counts[family.component(ref.name)]
         row[0] += 1
-        row[1] += ref.elements
+        row[1] += weights[ref.name]
         row[2] += ref.size_bytes
         dtypes[ref.dtype] = dtypes.get(ref.dtype, 0) + ref.size_bytes
     architectures = checkpoint.config.get("architectures")
@@ -67,7 +74,7 @@ def inspect(checkpoint: Checkpoint) -> Inspection:
         name=checkpoint.name,
         family=family.name,
         architecture=str(architectures[0]) if isinstance(architectures, list) and architectures else "",
-        layers=len({site.layer for site in checkpoint.sites}),
+        layers=_layers(checkpoint) if quantised else len({site.layer for site in checkpoint.sites}),
         shards=len(checkpoint.shards),
         tensors=len(checkpoint.tensors),
         parameters=sum(row[1] for row in counts.values()),
@@ -77,7 +84,14 @@ def inspect(checkpoint: Checkpoint) -> Inspection:
         experts_per_token=family.top_k(checkpoint.text_config),
         components=tuple(Component(name, *row) for name, row in counts.items() if row[0]),
         cuttable=_cuttable(checkpoint),
+        quantised=quantised,
     )
+
+
+def _layers(checkpoint: Checkpoint) -> int:
+    """Of a quantised checkpoint, some of whose layers cannot be cut any more."""
+    said = checkpoint.text_config.get("num_hidden_layers")
+    return said if isinstance(said, int) else 0
 
 
 def _cuttable(checkpoint: Checkpoint) -> tuple[Cuttable, ...]:

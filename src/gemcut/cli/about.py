@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
 from gemcut.cli import options
@@ -35,12 +37,34 @@ def list_(what: str | None, talk: Talk) -> None:
 
 @click.command()
 @click.argument("name")
+@click.option("--served-name", metavar="NAME", help="FOLDER: what clients ask for; the folder's name by default.")
+@click.option("--context", type=click.IntRange(min=1), help="FOLDER: tokens; 32768 where the model has more.")
+@click.option("--drafter", metavar="MODEL", help="FOLDER: a checkpoint that predicts more tokens.")
+@click.option("--draft-tokens", type=click.IntRange(min=1), default=2, show_default=True, help="With --drafter.")
+@click.option(
+    "--images",
+    type=click.IntRange(min=0),
+    default=2,
+    show_default=True,
+    help="FOLDER: in a request; 0 is text alone.",
+)
+@click.option("--cards", type=click.IntRange(min=1), default=1, show_default=True, help="FOLDER: GPUs that share it.")
 @options.talk
-def show(name: str, talk: Talk) -> None:
-    """Print a recipe, a criterion's definition, or the recipe schema."""
+def show(name: str, talk: Talk, **asked: Any) -> None:
+    """Print a recipe, a criterion, the schema, or how an NVFP4 folder is served.
+
+    NAME is a recipe, a criterion, schema, or FOLDER: the command that serves it, and what that needs.
+    """
+    from pathlib import Path
+
     from gemcut import recipe, stages
     from gemcut.errors import UsageError
 
+    known = ("schema", *recipe.shipped(), *stages.criteria())
+    if name not in known and Path(name).is_dir():
+        _show_serving(name, asked, talk)
+        return
+    options.refuse(*asked, wanted="an NVFP4 folder")
     if name == "schema":
         schema = recipe.Recipe.model_json_schema(by_alias=True)
         if talk.json:
@@ -58,9 +82,23 @@ def show(name: str, talk: Talk) -> None:
     raise UsageError(
         "there is nothing of that name",
         got=name,
-        wanted="schema, " + ", ".join([*recipe.shipped(), *stages.criteria()]),
+        wanted="an NVFP4 folder, " + ", ".join(known),
         hint="gemcut list",
     )
+
+
+def _show_serving(folder: str, asked: dict[str, Any], talk: Talk) -> None:
+    from pathlib import Path
+
+    from gemcut.checkpoint import open_checkpoint
+    from gemcut.cli.nvfp4 import spoken
+    from gemcut.nvfp4_stages import local_model
+    from gemcut.serve import ServeWords, serving
+
+    drafter, name = asked.pop("drafter"), asked.pop("served_name")
+    words = ServeWords(model=folder, name=name or "", drafter=drafter and local_model(drafter), **asked)
+    served = serving(open_checkpoint(Path(folder), any_architecture=True), words)
+    talk.result(served, text=spoken(served))
 
 
 @click.command()
@@ -85,6 +123,7 @@ def doctor(talk: Talk) -> None:
         "disk_free_gib": round(store.free_bytes(Path.cwd()) / 2**30, 1),
         "devices": stages.devices(),
         "demo_checkpoints": demo,
+        "package_compressed_tensors": "absent; NVFP4 folders load with it: pip install 'gemcut[nvfp4]'",
         **{f"package_{name}": version for name, version in machine.stack().items()},
     }
     talk.table(

@@ -12,6 +12,7 @@ from gemcut.cli.console import Talk
 from gemcut.cli.sizes import size
 
 if TYPE_CHECKING:
+    from gemcut.nvfp4.describe import Quantised
     from gemcut.types import Manifest
 
 
@@ -28,8 +29,10 @@ def inspect(model: str, talk: Talk) -> None:
     from gemcut import models
 
     found = models.inspection(model)
+    quantised = found.quantised
+    kind = ", ".join(found.bytes_by_dtype) if quantised is None else f"{quantised.scheme}, {quantised.layout} layout"
     talk.table(
-        f"{found.name}: {found.architecture} ({found.family}), {', '.join(found.bytes_by_dtype)}",
+        f"{found.name}: {found.architecture} ({found.family}), {kind}",
         ("component", "tensors", "parameters", "size", "share"),
         [
             (
@@ -43,14 +46,26 @@ def inspect(model: str, talk: Talk) -> None:
         ],
         note=f"{found.parameters:,} parameters in {found.tensors} tensors, {size(found.size_bytes)} in "
         f"{found.shards} shards"
-        + (f"; {found.experts_per_token} experts a token" if found.experts_per_token else "; dense"),
+        + (f"; {found.experts_per_token} experts a token" if found.experts_per_token else "; dense")
+        + ("" if quantised is None else _quantised(quantised)),
     )
-    talk.table(
-        "What can be cut",
-        ("kind", "layers", "units per layer", "bytes per unit, all layers", "can go"),
-        [(c.kind, len(c.layers), c.units, size(c.size_bytes_per_unit), f"down to {c.minimum}") for c in found.cuttable],
-    )
+    if found.cuttable:
+        talk.table(
+            "What can be cut",
+            ("kind", "layers", "units per layer", "bytes per unit, all layers", "can go"),
+            [
+                (c.kind, len(c.layers), c.units, size(c.size_bytes_per_unit), f"down to {c.minimum}")
+                for c in found.cuttable
+            ],
+        )
     talk.result(found, path=found.name, text="")
+
+
+def _quantised(found: Quantised) -> str:
+    four = "weights" if found.scheme == "NVFP4A16" else "weights and activations"
+    return f"; {found.linears} linears with {four} in NVFP4 ({', '.join(found.parts)})" + (
+        "; FP8 cache" if found.fp8_cache else ""
+    )
 
 
 @click.command()

@@ -21,7 +21,7 @@ from transformers.utils import logging as transformers_logging
 
 from gemcut.checkpoint.read import Checkpoint
 from gemcut.errors import CheckpointError, MissingError, UsageError
-from gemcut.nvfp4.layout import NAMES, QUANTIZATION, is_nvfp4, read_config
+from gemcut.nvfp4.layout import QUANTIZATION, is_nvfp4, read_config
 from gemcut.stream.separate import separate_experts
 
 # package → the first release that loads these checkpoints, and the first that is not known to; pyproject.toml agrees
@@ -111,19 +111,6 @@ def is_quantised(checkpoint: Checkpoint) -> bool:
             hint="gemcut nvfp4 FOLDER --convert --layout compressed-tensors -o OUT changes names, not numbers",
         )
     return True
-
-
-def weights_in(checkpoint: Checkpoint) -> int:
-    """How many weights the model has once it is loaded; the scales of quantised ones do not count."""
-    if not is_nvfp4(checkpoint.config):
-        return sum(ref.elements for ref in checkpoint.tensors.values())
-    names = NAMES[read_config(checkpoint.config, checkpoint.name).layout]
-    scales = (names.scales, names.scale, names.inputs)
-    return sum(
-        ref.elements * (2 if ref.dtype == "U8" and name.endswith(names.packed) else 1)
-        for name, ref in checkpoint.tensors.items()
-        if not name.endswith(scales)
-    )
 
 
 def _check_release(package: str, checkpoint: Checkpoint) -> None:
