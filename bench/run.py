@@ -1,6 +1,7 @@
 """The performance figures, one bench after another on this machine, as the tables of docs/bench.md.
 
-    python bench/run.py [--only cut,observe] [--reference DIR]
+    python bench/run.py [--only cut,observe] [--reference DIR] [--wide DIR]
+    python bench/run.py --keep imatrix-auto FILE   keep what that bench printed with --json
     python bench/run.py --page       only write the page anew
     python bench/run.py --check      exit 1 if the page is not what the records say
 
@@ -9,7 +10,8 @@ bench, never across machines. Its answer is kept in bench/records, beside machin
 the records: what is not run again stays. `--only` takes names of benches or of chapters.
 
 Benches that hold gemcut against llama.cpp's tools need them: `--reference` names a folder with its source in `src/` and
-the tools built from it in `build/bin/`. Without, they are skipped, and said so.
+the tools built from it in `build/bin/`. `--wide` names the trunk that `wide_experts.py` trains. What needs a folder
+that is not named is skipped, and said so.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +31,8 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 RECORDS = HERE / "records"
 PAGE = HERE.parent / "docs" / "bench.md"
-ROOT, SOURCE, TOOLS = "{reference}", "{reference}/src", "{reference}/build/bin"
+REFERENCE, WIDE = "{reference}", "{wide}"
+SOURCE, TOOLS = f"{REFERENCE}/src", f"{REFERENCE}/build/bin"
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,9 +42,17 @@ class Bench:
     command: tuple[str, ...]
     about: str = ""
 
-    @property
-    def needs_reference(self) -> bool:
-        return any(ROOT in word for word in self.command)
+    def words(self, folders: Mapping[str, str]) -> list[str]:
+        """The command with folders in the place of their names."""
+        out = list(self.command)
+        for name, folder in folders.items():
+            out = [word.replace(name, folder) for word in out]
+        return out
+
+    def lacks(self, folders: Mapping[str, str]) -> list[str]:
+        """Names of folders that it needs besides these."""
+        needed = (name for name in (REFERENCE, WIDE) if any(name in word for word in self.command))
+        return [name.strip("{}") for name in needed if name not in folders]
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,12 +103,13 @@ CHAPTERS = {
                 ("compare_gguf.py", SOURCE, TOOLS),
                 "Every file type of llama-quantize: names, order, types, shapes and bytes of all tensors; metadata.",
             ),
-            "gguf-types": Bench(("bench_gguf_types.py", ROOT), "Demo trunks, and headers of real geometries."),
+            "gguf-types": Bench(("bench_gguf_types.py", REFERENCE), "Demo trunks, and headers of real geometries."),
             "gguf-keys": Bench(("compare_converter.py", SOURCE)),
             "gguf-kld": Bench(("bench_gguf_kld.py", TOOLS), "Against the trunk itself in F32, on the same chunks."),
             "imatrix": Bench(("bench_imatrix.py", TOOLS), "From one text, the same tokens on both sides."),
             "imatrix-auto": Bench(("bench_imatrix_auto.py",), f"{_TRUNKS} items."),
             "mix": Bench(("bench_gguf_mix.py",), f"{_TRUNKS} chunks."),
+            "padding": Bench(("bench_padding.py", "--model", WIDE)),
         },
     ),
 }
@@ -135,13 +147,13 @@ def this_machine() -> str:
     )
 
 
-def run(name: str, reference: Path | None) -> bool:
+def run(name: str, folders: Mapping[str, str]) -> bool:
     """Run one bench and keep its answer. False where there is none; its old record stays."""
     bench = BENCHES[name]
-    if bench.needs_reference and reference is None:
-        print(f"{name}: skipped, it needs llama.cpp's tools (--reference)", file=sys.stderr)
+    if lacks := bench.lacks(folders):
+        print(f"{name}: skipped, it needs --{' --'.join(lacks)}", file=sys.stderr)
         return True
-    script, *words = (word.replace(ROOT, str(reference)) for word in bench.command)
+    script, *words = bench.words(folders)
     print(f"== {name}: {' '.join(bench.command)}", file=sys.stderr, flush=True)
     began, load = time.perf_counter(), os.getloadavg()[0]
     command = [sys.executable, str(HERE / script), "--json", *words]
@@ -167,7 +179,7 @@ def keep(name: str, answer: dict[str, Any], **facts: float) -> None:
 def section(name: str, record: dict[str, Any], machine: str) -> Iterator[str]:
     """One bench on the page. machine: the page's own, which need not be said again."""
     bench = BENCHES[name]
-    words = " ".join(word.replace(ROOT, "REFERENCE") for word in bench.command)
+    words = " ".join(bench.words({REFERENCE: "REFERENCE", WIDE: "WIDE"}))
     said = [bench.about] if bench.about else []
     said += [f"`bench/{words}`, {record['date']}" + (f", {record['machine']}" * (record["machine"] != machine)) + "."]
     yield from ("", " ".join(said), "", "| what | target | measured |", "|---|---|---|")
@@ -211,6 +223,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default=",".join(BENCHES))
     parser.add_argument("--reference", type=Path, help="folder with llama.cpp: src/ and build/bin/")
+    parser.add_argument("--wide", type=Path, help="folder of a trunk with experts 704 wide")
+    parser.add_argument("--keep", nargs=2, metavar=("NAME", "FILE"))
     parser.add_argument("--page", action="store_true")
     parser.add_argument("--check", action="store_true")
     args = parser.parse_args()
@@ -220,13 +234,19 @@ def main() -> int:
             return 1
         return 0
     answered = True
-    if not args.page:
-        reference = args.reference.resolve() if args.reference else None
+    if args.keep:
+        name, file = args.keep
+        if name not in BENCHES:
+            sys.exit(f"no such bench: {name}; there are {', '.join(BENCHES)}")
+        keep(name, json.loads(Path(file).read_text()))
+    elif not args.page:
+        given = {REFERENCE: args.reference, WIDE: args.wide}
+        folders = {name: str(folder.resolve()) for name, folder in given.items() if folder is not None}
         for name in named(args.only):
-            answered &= run(name, reference)
+            answered &= run(name, folders)
+        if os.getloadavg()[0] > os.cpu_count() + 1:  # type: ignore[operator]
+            print("the machine was loaded: keep no seconds of this", file=sys.stderr)
     PAGE.write_text(page())
-    if not args.page and os.getloadavg()[0] > os.cpu_count() + 1:  # type: ignore[operator]
-        print("the machine was loaded: do not keep these figures", file=sys.stderr)
     return 0 if answered else 1
 
 
