@@ -81,7 +81,7 @@ CHAPTERS = {
             "memory": Bench(("bench_memory.py",)),
         },
     ),
-    "heads": Chapter(
+    "attention": Chapter(
         "Cuts of heads",
         "Measured on the trained demo dense checkpoint; the memory of a solve at the width of 31B.",
         {
