@@ -30,9 +30,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Checkpoint]:
     stats = statistics(place / "s", base, EVEN)
     for scheme in ("NVFP4A16", "NVFP4"):
         write_nvfp4(prepare(base, Settings(scheme, "all"), stats), place / scheme)  # type: ignore[arg-type]
-    words = Settings("NVFP4", "all", layout="modelopt", kv="bound")
-    write_nvfp4(prepare(base, words, stats), place / "modelopt")
-    return {name: open_checkpoint(place / name) for name in ("base", "NVFP4A16", "NVFP4", "modelopt")}
+    write_nvfp4(prepare(base, Settings("NVFP4", "all", layout="modelopt"), stats), place / "modelopt")
+    write_nvfp4(prepare(base, Settings("NVFP4A16", "all", kv="bound"), stats), place / "cache")
+    return {name: open_checkpoint(place / name) for name in ("base", "NVFP4A16", "NVFP4", "modelopt", "cache")}
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +68,13 @@ def test_streamed_is_the_model_in_memory(folders: dict[str, Checkpoint], corpus:
     assert other.rows == rounded.rows
     assert other.candidate_fingerprint != rounded.candidate_fingerprint
     assert kld(base, [folders["NVFP4A16"]], corpus, FLOAT32) == [plain]  # others beside it change nothing
+
+
+def test_an_fp8_cache_is_part_of_what_is_measured(folders: dict[str, Checkpoint], corpus: Corpus) -> None:
+    """Eight bits of keys and values beside the same four of weights: something, and far less than those cost."""
+    weights = kld(folders["base"], [folders["NVFP4A16"]], corpus, FLOAT32)[0].rows[-1]
+    cache = kld(folders["NVFP4A16"], [folders["cache"]], corpus, FLOAT32)[0].rows[-1]
+    assert 0 < cache.mean.value < 0.5 * weights.mean.value
 
 
 def test_an_nvfp4_folder_may_be_the_base(folders: dict[str, Checkpoint], corpus: Corpus) -> None:

@@ -51,6 +51,7 @@ def plain_values(folder: Path) -> dict[str, np.ndarray]:
 def test_shapes_and_values_of_the_base(moe: Checkpoint, folders: dict[str, Path], layout: str) -> None:
     found = open_checkpoint(folders[layout], any_architecture=True)
     plain = plain_tensors(found)
+    assert len(plain.cache) == 6
     assert plain.shapes == {name: ref.shape for name, ref in moe.tensors.items()}  # no scale of anything is left
     assert len(plain.packed) == 6 * 9 - 1  # q, k, v, o, gate, up, down, two of experts; the full layer has no v
     base = load_file(moe.path / "model.safetensors")
@@ -108,6 +109,7 @@ BROKEN = {
     "a huge number": (expert_of("99999999999"), "strange name"),
     "no number": (expert_of("x"), "strange name"),
     "a narrow expert": (narrower, "different shapes"),
+    "keys without values": (without("self_attn.v_scale"), "scale of a layer's values is missing"),
     "a stranger": (stranger, "no matrix of the decoder"),
 }
 

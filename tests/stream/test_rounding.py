@@ -91,11 +91,19 @@ def logits(checkpoint: Checkpoint, dtype: str) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize(("scheme", "targets"), [("NVFP4A16", "all"), ("NVFP4", "mlp+experts"), ("NVFP4", "all")])
+@pytest.mark.parametrize(
+    ("scheme", "targets", "kv"),
+    [
+        ("NVFP4A16", "all", "none"),
+        ("NVFP4A16", "mlp", "one"),
+        ("NVFP4", "mlp+experts", "none"),
+        ("NVFP4", "all", "bound"),
+    ],
+)
 def test_streamed_logits_are_those_of_the_model_in_memory(
-    base: Checkpoint, stats: Path, tmp_path: Path, scheme: str, targets: str, dtype: str
+    base: Checkpoint, stats: Path, tmp_path: Path, scheme: str, targets: str, kv: str, dtype: str
 ) -> None:
-    found = exported(base, stats, tmp_path / "out", scheme, targets)
+    found = exported(base, stats, tmp_path / "out", scheme, targets, kv=kv)
     whole = load_whole(found, dtype=getattr(torch, dtype), attention="sdpa", experts="eager")
     with torch.no_grad():
         want = whole(input_ids=IDS, use_cache=False).logits

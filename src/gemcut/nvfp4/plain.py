@@ -10,14 +10,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from gemcut.checkpoint.read import Checkpoint
+from gemcut.checkpoint.values import decode
 from gemcut.errors import CheckpointError
 from gemcut.families.linears import LinearGroup, Matrix
 from gemcut.nvfp4.decode import dequantise
-from gemcut.nvfp4.layout import NAMES, Layout, Told, read_config, tensors_of
+from gemcut.nvfp4.layout import NAMES, Layout, Told, cache_tensors, read_config, tensors_of
 from gemcut.types import F32, TensorRef
 
 _GROUP = 16
-_CACHE = (".k_scale", ".v_scale")  # of an FP8 cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,12 +38,14 @@ class Plain:
     shapes: every plain tensor, those that are stored as they are included.
     packed: plain tensor → its matrices, in the order of its rows, all of its rows.
     groups: every matrix of the decoder, by what servers fuse.
+    cache: attention module → the scales of its keys and of its values, where an FP8 cache has them.
     """
 
     told: Told
     shapes: Mapping[str, tuple[int, ...]]
     packed: Mapping[str, tuple[Packed, ...]]
     groups: tuple[LinearGroup, ...]
+    cache: Mapping[str, tuple[TensorRef, TensorRef]]
 
 
 def plain_tensors(checkpoint: Checkpoint) -> Plain:
@@ -68,7 +70,8 @@ def plain_tensors(checkpoint: Checkpoint) -> Plain:
     family = checkpoint.family.linears()
     ends = (names.packed, names.scales, names.scale, names.inputs)
     parts = {module + end for module in linears for end in ends}
-    parts |= {name for name in tensors if told.cache and name.endswith(_CACHE)}
+    cache = _cache(tensors, told)
+    parts |= {ref.name for both in cache.values() for ref in both}
     shapes = {name: ref.shape for name, ref in tensors.items() if name not in parts} | family.stored(linears)
     groups = family.groups(checkpoint.text_config, shapes)
     packed: dict[str, list[Packed]] = {}
@@ -80,7 +83,7 @@ def plain_tensors(checkpoint: Checkpoint) -> Plain:
     for name, found in packed.items():
         found.sort(key=lambda one: one.matrix.first)
         _check_rows(name, shapes[name], found)
-    return Plain(told, shapes, {name: tuple(found) for name, found in packed.items()}, groups)
+    return Plain(told, shapes, {name: tuple(found) for name, found in packed.items()}, groups, cache)
 
 
 def _packed(tensors: Mapping[str, TensorRef], matrix: Matrix, told: Told) -> Packed:
@@ -109,6 +112,26 @@ def _packed(tensors: Mapping[str, TensorRef], matrix: Matrix, told: Told) -> Pac
     )
 
 
+def _cache(tensors: Mapping[str, TensorRef], told: Told) -> dict[str, tuple[TensorRef, TensorRef]]:
+    if not told.cache:
+        return {}
+    of_keys, of_values = (ref.name for ref in cache_tensors("", told.layout))  # the ends of their names
+    found = {}
+    for name, keys in tensors.items():
+        if not name.endswith(of_keys):
+            continue
+        attention = name.removesuffix(of_keys)
+        values = tensors.get(attention + of_values)
+        if values is None:
+            raise CheckpointError("the scale of a layer's values is missing", where=attention + of_values)
+        for ref in (keys, values):
+            if ref.dtype not in ("F32", "BF16") or ref.elements != 1:
+                got = f"{ref.dtype} {list(ref.shape)}"
+                raise CheckpointError("a scale of the cache has another form", where=ref.name, got=got)
+        found[attention] = (keys, values)
+    return found
+
+
 def _check_rows(name: str, shape: tuple[int, ...], packed: list[Packed]) -> None:
     at = 0
     for one in packed:
@@ -125,10 +148,21 @@ def divisor(checkpoint: Checkpoint, ref: TensorRef, layout: Layout) -> float:
     Raises:
         CheckpointError: it is no positive, finite number.
     """
-    value = float(checkpoint.read(ref.name).view("<f4")[0])
+    value = number(checkpoint, ref)
+    return value if NAMES[layout].divisor else 1.0 / value
+
+
+def number(checkpoint: Checkpoint, ref: TensorRef) -> float:
+    """A scale as it is stored, F32 or BF16.
+
+    Raises:
+        CheckpointError: it is no positive, finite number.
+    """
+    found = decode(ref.dtype, checkpoint.read(ref.name))
+    value = math.nan if found is None else float(found[0])
     if not math.isfinite(value) or value <= 0:
         raise CheckpointError("a scale is not a positive number", where=ref.name, got=value)
-    return value if NAMES[layout].divisor else 1.0 / value
+    return value
 
 
 def read_rows(checkpoint: Checkpoint, packed: Packed, scale: float, first: int, stop: int) -> F32:

@@ -61,9 +61,7 @@ class StreamedModel:
         self._model = model
         self._text = model.get_decoder()
         self._reader = WeightReader(checkpoint, dtype, device, plain)
-        self._rounding = (
-            LayerRounding(checkpoint, plain) if plain is not None and plain.told.scheme == "NVFP4" else None
-        )
+        self._rounding = None if plain is None else LayerRounding(checkpoint, plain)
         self._names = {id(module): name for name, module in model.named_modules()}
         self._layers: list[nn.Module] = list(self._text.layers)
         self._taps = [Tap(layer) for layer in self._layers]
@@ -93,9 +91,9 @@ class StreamedModel:
             dtype: "bfloat16", "float16" or "float32"; None computes in the dtype of the stored embedding.
             experts: "recording" (see `stream.experts`), a name of transformers' registry ("eager", "grouped_mm",
                 "batched_mm"), or None for what transformers takes by default.
-            packed: run an NVFP4 checkpoint too: its weights are read back as they are loaded, and inputs of linears
-                with quantised activations are rounded (of experts, under "recording" alone). Such a model is for
-                measuring: what it says of weights or activations is not the base's.
+            packed: run an NVFP4 checkpoint too: its weights are read back as they are loaded, inputs of linears with
+                quantised activations are rounded (of experts, under "recording" alone), and so are keys and values of
+                an FP8 cache. Such a model is for measuring: what it says of activations is not the base's.
         Raises:
             UsageError: an unknown name; a model with per-layer embeddings or shared KV, which cannot be streamed; an
                 NVFP4 checkpoint where `packed` does not allow it, or W4A4 experts without "recording".

@@ -1,7 +1,7 @@
-"""Inputs of quantised linears rounded to NVFP4 as a layer runs: what a W4A4 checkpoint does to its activations.
+"""What a quantised checkpoint does to activations as a layer runs: inputs in NVFP4, keys and values in FP8.
 
-Every loader makes the scale of a block of 16 from its own values as they come; the checkpoint gives the one number G_x
-that all of a linear's blocks share.
+W4A4: every loader makes the scale of a block of 16 from its own values as they come; the checkpoint gives the one
+number G_x that all of a linear's blocks share. FP8 cache: one scale for a layer's keys and one for its values.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from torch import nn
 
 from gemcut.checkpoint.read import Checkpoint
 from gemcut.errors import CheckpointError
-from gemcut.nvfp4.plain import Packed, Plain, divisor
+from gemcut.nvfp4.plain import Packed, Plain, divisor, number
 from gemcut.stream.experts import InputRounding, round_inputs
 
 _GROUP = 16
 _LARGEST_CODE, _LARGEST_SCALE = 6.0, 448.0
 _EMPTY_SCALE = 0.125  # for a block whose scale rounds to zero
-_PIECE_ELEMENTS = 4 << 20
+_PIECE_ELEMENTS = 1 << 20
 
 
 def round_to_nvfp4(x: torch.Tensor, scale: float) -> torch.Tensor:
@@ -55,8 +55,14 @@ def _to_codes(y: torch.Tensor) -> torch.Tensor:
     return (y / step).round_() * step  # ties to even: the even multiple is the even code
 
 
+def round_to_fp8(x: torch.Tensor, scale: float) -> torch.Tensor:
+    """x' = e4m3(x / s) · s, all in the dtype of x, as compressed-tensors rounds what goes into a cache."""
+    step = torch.tensor(scale, dtype=x.dtype, device=x.device)
+    return (x / step).clamp_(-_LARGEST_SCALE, _LARGEST_SCALE).to(torch.float8_e4m3fn).to(x.dtype) * step
+
+
 class LayerRounding:
-    """The scales of a W4A4 checkpoint's inputs, put to work on one layer at a time."""
+    """A checkpoint's scales of inputs, keys and values, put to work on one layer at a time."""
 
     def __init__(self, checkpoint: Checkpoint, plain: Plain) -> None:
         self._checkpoint = checkpoint
@@ -64,7 +70,8 @@ class LayerRounding:
 
     @contextlib.contextmanager
     def on(self, layer: nn.Module, path: str) -> Iterator[None]:
-        """While the block runs, quantised linears and experts of this layer round what enters them.
+        """While the block runs, quantised linears and experts of this layer round what enters them, and attention its
+        keys and values where the checkpoint has scales for an FP8 cache.
 
         Args:
             path: of the layer in the checkpoint, `model.layers.3`.
@@ -82,6 +89,11 @@ class LayerRounding:
                     stack.callback(layer.get_submodule(owner).register_forward_pre_hook(hook).remove)
                 else:
                     experts.setdefault(owner, {})[leaf] = list(packed)
+            for attention, (keys, values) in self._plain.cache.items():
+                if attention.startswith(f"{path}."):
+                    cache = _Fp8Cache(number(self._checkpoint, keys), number(self._checkpoint, values))
+                    module = layer.get_submodule(attention.removeprefix(f"{path}."))
+                    stack.callback(module.register_forward_pre_hook(cache.hook, with_kwargs=True).remove)
             for owner, parts in experts.items():
                 module = layer.get_submodule(owner)
                 gate_up = self._scales(parts.get("gate_up_proj", []), 2)
@@ -112,6 +124,21 @@ class _Hook:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         return (round_to_nvfp4(args[0], self._scale), *args[1:])
+
+
+class _Fp8Cache:
+    """Stands where a cache would: gives keys and values back as reading them would, and keeps nothing."""
+
+    def __init__(self, keys: float, values: float) -> None:
+        self._keys, self._values = keys, values
+
+    def update(self, keys: torch.Tensor, values: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        return round_to_fp8(keys, self._keys), round_to_fp8(values, self._values)
+
+    def hook(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return args, {**kwargs, "past_key_values": self}
 
 
 class _Experts(InputRounding):
