@@ -110,6 +110,8 @@ CHAPTERS = {
             "imatrix-auto": Bench(("bench_imatrix_auto.py",), f"{_TRUNKS} items."),
             "mix": Bench(("bench_gguf_mix.py",), f"{_TRUNKS} chunks."),
             "padding": Bench(("bench_padding.py", "--model", WIDE)),
+            "gguf-nvfp4": Bench(("bench_nvfp4_gguf.py", "bytes", SOURCE)),
+            "gguf-nvfp4-kld": Bench(("bench_nvfp4_gguf.py", "kld"), f"{_TRUNKS} items."),
         },
     ),
 }
