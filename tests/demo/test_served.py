@@ -19,6 +19,8 @@ sys.path.insert(0, str(ROOT))
 
 from demo.train import join, served  # noqa: E402
 
+from gemcut.gguf_file import open_gguf  # noqa: E402
+
 DEMO = ROOT / "demo"
 NEAR = 0.05  # nats between two tokens that rounding may swap: one row at a time and four round otherwise
 
@@ -54,11 +56,13 @@ def test_drafts_are_accepted_and_change_no_answer(
 
 
 @pytest.mark.slow
-def test_pictures_never_seen_are_described(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("projector", ["F16", "Q8_0"])
+def test_pictures_never_seen_are_described(projector: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     joined = join.joined(DEMO / "moe", DEMO / "moe-vision", tmp_path / "eyes")
-    code, _, err = gemcut(capsys, "gguf", joined, "-t", "Q8_0", "--mmproj", "F16", "-o", tmp_path)
+    code, _, err = gemcut(capsys, "gguf", joined, "-t", "Q8_0", "--mmproj", projector, "-o", tmp_path)
     assert code == 0, err
-    files = (tmp_path / "eyes-Q8_0.gguf", tmp_path / "mmproj-eyes-F16.gguf")
+    files = (tmp_path / "eyes-Q8_0.gguf", tmp_path / f"mmproj-eyes-{projector}.gguf")
+    assert {ref.kind.name for ref in open_gguf(files[1]).tensors.values()} >= {"F32", projector}
     kinds = measured(tmp_path / "out.json", "pictures", *files, "--pictures", 24)["kinds"]
     right = {kind: row["right"] / row["asked"] for kind, row in kinds.items()}
     assert right["colour"] > 0.8  # chance 0.17
