@@ -1,7 +1,7 @@
 """NVFP4 against llm-compressor: error of weights, KLD and size; and how fast it is at the width of the real models.
 
     python bench/bench_nvfp4.py rival PYTHON [--json] [--only dense,moe] [--calibrate 8192] [--tokens 16384]
-    python bench/bench_nvfp4.py speed [--json] [--layers 2] [--runs 3] [--folder DIR]
+    python bench/bench_nvfp4.py speed [--json] [--only 31B,26B-A4B] [--layers 2] [--runs 3] [--folder DIR]
 
 rival: PYTHON is the interpreter of an environment with llm-compressor. Both quantise the demo trunks, all linears or
 the MLPs and experts alone, from the same samples: llm-compressor with its own defaults, gemcut with its own, which are
@@ -251,6 +251,7 @@ def main() -> int:
     against.add_argument("--tokens", type=int, default=16384)
     fast = verbs.add_parser("speed")
     fast.add_argument("--layers", type=int, default=2)
+    fast.add_argument("--only", default=",".join(WIDE))
     fast.add_argument("--runs", type=int, default=3)
     fast.add_argument("--folder", type=Path, help="where checkpoints are written; a temporary folder by default")
     for one in (against, fast):
@@ -263,7 +264,7 @@ def main() -> int:
         answer = {"rows": list(rival_rows(found)), "trunks": found}
     else:
         with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-            found = {name: wide(name, Path(folder), args.layers, args.runs) for name in WIDE}
+            found = {name: wide(name, Path(folder), args.layers, args.runs) for name in args.only.split(",")}
         answer = {"rows": list(speed_rows(found, args.layers)), "layers": args.layers, "wide": found}
     show({**answer, "load": load_average()}, as_json=args.json)
     return 0
