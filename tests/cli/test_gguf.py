@@ -313,3 +313,26 @@ def test_the_output_is_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert code == 2
     assert "not a folder" in err
     assert (tmp_path / "o").read_text() == "mine"
+
+
+def test_an_nvfp4_folder_has_one_type(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = make_tiny(tmp_path / "tiny")
+    code, _, err = gemcut(capsys, "gguf", base, "-t", "nvfp4", "-o", tmp_path / "o")
+    assert code == 2
+    assert "gemcut nvfp4 MODEL" in err
+    assert gemcut(capsys, "nvfp4", base, "-o", tmp_path / "four")[0] == 0
+    args = ("gguf", tmp_path / "four", "-t", "nvfp4", "-o", tmp_path / "o")
+    code, out, _ = gemcut(capsys, *args, "--dry-run", "--json")
+    assert code == 0
+    assert not (tmp_path / "o").exists()
+    code, _, err = gemcut(capsys, *args)
+    assert code == 0
+    assert "become BF16, without rounding" in err
+    file = read_gguf(tmp_path / "o" / "four-NVFP4.gguf")
+    assert file.size_bytes == json.loads(out)["files"][0]["size_bytes"]
+    assert file.tensors["blk.0.ffn_gate_exps.weight"].kind.name == "NVFP4"
+    for words in (("-t", "Q4_K_M"), ("--size", "1MiB"), ("-t", "NVFP4", "--pad-experts")):
+        code, _, err = gemcut(capsys, "gguf", tmp_path / "four", *words, "-o", tmp_path / "no")
+        assert code == 2
+        assert "an NVFP4 checkpoint is stored as" in err
+    assert not (tmp_path / "no").exists()

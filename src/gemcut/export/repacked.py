@@ -8,7 +8,7 @@
 
 Experts lie apart, gate and up too, since llama.cpp reads no scale for fused ones; ffn_down_exps.scale, which holds the
 router's per_expert_scale otherwise, holds the product. Where 64 does not divide the columns, e2m1 · s is stored as
-BF16, which holds every such product (1 + 3 bits of mantissa at most 6 wide, 2^-10 … 2688): nothing is rounded there.
+BF16, which holds every such product (six significant bits, 2^-10 … 2688): nothing is rounded there either.
 Source: llama.cpp conversion/base.py (_nvfp4_pack), conversion/gemma.py, ggml-common.h (block_nvfp4), llama-model.cpp.
 """
 
@@ -42,7 +42,6 @@ _GROUP, _BLOCK = 16, 64
 _LARGEST_SCALE = 0x7E  # e4m3 bytes above it are NaN or negative; ggml reads the one as 0 and knows no others
 _APART = {"gate_proj": "ffn_gate_exps", "up_proj": "ffn_up_exps"}
 _FUSED = "ffn_gate_up_exps"
-_CACHE_SCALES = (".k_scale", ".v_scale")
 _EXTRA = "general.tensor_extra"
 
 log = logging.getLogger(__name__)
@@ -156,7 +155,7 @@ def repack(checkpoint: Checkpoint) -> tuple[RepackedCheckpoint, GgufLayout]:
         checkpoint.index, base=checkpoint, matrices=MappingProxyType(matrices),
     )  # fmt: skip
     _say_wide(refs)
-    cache = [name for name in checkpoint.tensors if name.endswith(_CACHE_SCALES)]
+    cache = [ref.name for scales in plain.cache.values() for ref in scales]
     left_out = {**layout.left_out, **dict.fromkeys(cache, "scale of an FP8 cache: llama.cpp's has none")}
     metadata = {**layout.metadata, **_precision(plain, tensors, refs)}
     return view, replace(layout, tensors=tuple(tensors.values()), metadata=metadata, left_out=left_out)
