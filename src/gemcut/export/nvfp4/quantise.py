@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from gemcut.checkpoint import Checkpoint
 from gemcut.checkpoint.made import Made
-from gemcut.errors import CheckpointError, MissingError
+from gemcut.errors import CheckpointError
 from gemcut.export.nvfp4.activations import GroupInput, Key, Observed
 from gemcut.export.nvfp4.codec import Coded, encode, global_scale, magnitudes
 from gemcut.export.nvfp4.scales import Method, block_scales, column_weights
@@ -211,21 +211,3 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def check_device(name: str) -> str:
-    """Refuse a device that is not here before anything is read.
-
-    Raises:
-        MissingError: torch does not see it.
-    """
-    try:
-        torch.zeros(1, device=name).add_(1)
-    except (RuntimeError, AssertionError) as error:
-        raise MissingError(
-            "torch cannot use this device",
-            got=name,
-            wanted="cpu, or one that gemcut doctor lists",
-            hint=str(error).splitlines()[0][:120],
-        ) from None
-    return name

@@ -18,7 +18,7 @@ from gemcut.errors import UsageError
 from gemcut.export.nvfp4.activations import ActivationRule, Observed, gate, observed
 from gemcut.export.nvfp4.cache import cache_scales
 from gemcut.export.nvfp4.choice import Choice, Targets, choose, exclude_wildcards
-from gemcut.export.nvfp4.quantise import Quantiser, check_device
+from gemcut.export.nvfp4.quantise import Quantiser
 from gemcut.export.nvfp4.record import RECORD, Origin, record_json
 from gemcut.export.nvfp4.scales import Method
 from gemcut.export.nvfp4.served import check_served
@@ -36,6 +36,7 @@ from gemcut.nvfp4.layout import (
 )
 from gemcut.records import StatisticsIndex, load_index_of
 from gemcut.store import free_bytes, need_disk
+from gemcut.stream.devices import check_device
 from gemcut.types import Edits, Json, Manifest, Omit
 
 _BASE_MEMORY_BYTES = 600 << 20  # torch, buffers and the hashing threads
