@@ -1,6 +1,7 @@
 """What `auto` importances save: KLD of files with them against files with `plain` ones, type by type.
 
-    python bench/bench_imatrix_auto.py [--json] [--only dense,moe] [--types IQ2_M Q4_K_M …] [--tokens 32768]
+    python bench/bench_imatrix_auto.py [--json] [--only dense,moe] [--types IQ2_M Q4_K_M …] [--tokens 16384]
+                                         [--work DIR]
 
 Everything as a user does it: `gemcut imatrix MODEL --corpus`, `gemcut imatrix STATISTICS --variant auto --for TYPE`,
 `gemcut gguf -t TYPE --imatrix`, roundings picked as by default. All files of a trunk are compared with it in one pass,
@@ -46,47 +47,45 @@ def gemcut(*words: object) -> None:
 
 def export(model: Path, kind: str, imatrix: Path, out: Path) -> Path:
     """One file."""
-    gemcut("gguf", model, "-t", kind, "--imatrix", imatrix, "--threads", 1, "-o", out)
+    gemcut("gguf", model, "-t", kind, "--imatrix", imatrix, "--threads", 1, "--force", "-o", out)
     return next(out.glob("*.gguf"))
 
 
-def files(model: Path, types: list[str], folder: Path) -> tuple[list[Path], list[Path], dict[str, float]]:
-    """(plain, auto) file of every type, and the seconds of each with `auto`, its importances included."""
-    plain = folder / "plain.gguf"
-    gemcut("imatrix", model, "--corpus", CALIBRATION, "-o", plain)
-    statistics = plain.with_name(plain.name + ".statistics")
-    ours, theirs, seconds = [], [], {}
-    for kind in types:
-        theirs.append(export(model, kind, plain, folder / f"plain-{kind}"))
+def pair(model: Path, kind: str, plain: Path, folder: Path) -> tuple[Path, Path]:
+    """The files of one type, with `plain` and with `auto`; those that are there already are not made again."""
+    auto = folder / f"auto-{kind}.gguf"
+    made = [folder / f"plain-{kind}", folder / f"auto-{kind}"]
+    if not all(any(one.glob("*.gguf")) for one in made):
         began = time.perf_counter()
-        auto = folder / f"auto-{kind}.gguf"
-        gemcut("imatrix", statistics, "--model", model, "--variant", "auto", "--for", kind, "-o", auto)
-        ours.append(export(model, kind, auto, folder / f"auto-{kind}"))
-        seconds[kind] = round(time.perf_counter() - began, 1)
-        print(f"{model.name} {kind}: {seconds[kind]} s", file=sys.stderr, flush=True)
-    return theirs, ours, seconds
+        statistics = plain.with_name(plain.name + ".statistics")
+        words = ("--model", model, "--variant", "auto", "--for", kind)
+        gemcut("imatrix", statistics, *words, "--force", "-o", auto)
+        for imatrix, out in zip((plain, auto), made, strict=True):
+            export(model, kind, imatrix, out)
+        print(f"{model.name} {kind}: {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
+    return next(made[0].glob("*.gguf")), next(made[1].glob("*.gguf"))
 
 
-def measure(name: str, types: list[str], tokens: int) -> dict[str, Any]:
+def measure(name: str, types: list[str], tokens: int, folder: Path) -> dict[str, Any]:
     """One trunk."""
-    model = DEMO / name
-    with tempfile.TemporaryDirectory() as folder:
-        plain, auto, seconds = files(model, types, Path(folder))
-        opened = [open_gguf(path) for path in (*plain, *auto)]
-        found = kld_chunks(open_checkpoint(model), opened, unseen(model, tokens), KldSettings(threads=1))
-        n = len(types)
-        rows = [
-            {
-                "type": kind,
-                "plain_bytes": opened[i].size_bytes,
-                "auto_bytes": opened[n + i].size_bytes,
-                "plain_kld": interval(found.mean(i)),
-                "auto_kld": interval(found.mean(n + i)),
-                "ratio": interval(found.ratio(n + i, i)),
-                "seconds": seconds[kind],
-            }
-            for i, kind in enumerate(types)
-        ]
+    model, plain = DEMO / name, folder / "plain.gguf"
+    if not plain.exists():
+        gemcut("imatrix", model, "--corpus", CALIBRATION, "-o", plain)
+    pairs = [pair(model, kind, plain, folder) for kind in types]
+    opened = [open_gguf(path) for both in pairs for path in both]
+    found = kld_chunks(open_checkpoint(model), opened, unseen(model, tokens), KldSettings(threads=1))
+    rows = [
+        {
+            "type": kind,
+            "plain_bytes": opened[2 * i].size_bytes,
+            "auto_bytes": opened[2 * i + 1].size_bytes,
+            "plain_kld": interval(found.mean(2 * i)),
+            "auto_kld": interval(found.mean(2 * i + 1)),
+            "ratio": interval(found.ratio(2 * i + 1, 2 * i)),
+        }
+        for i, kind in enumerate(types)
+    ]
+    print(f"{name} done", file=sys.stderr, flush=True)
     return {"tokens": int(found.tokens.sum()), "chunks": len(found.tokens), "types": rows}
 
 
@@ -108,10 +107,16 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--only", default="dense,moe")
     parser.add_argument("--types", nargs="+", default=list(TYPES))
-    parser.add_argument("--tokens", type=int, default=32768)
+    parser.add_argument("--tokens", type=int, default=16384)
+    parser.add_argument("--work", type=Path, help="keep files there, and take what is there")
     asked = parser.parse_args()
     torch.set_num_threads(1)
-    models = {name: measure(name, asked.types, asked.tokens) for name in asked.only.split(",")}
+    models = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        for name in asked.only.split(","):
+            folder = (asked.work or Path(scratch)) / name
+            folder.mkdir(parents=True, exist_ok=True)
+            models[name] = measure(name, asked.types, asked.tokens, folder)
     show({"rows": list(lines(models)), "models": models}, as_json=asked.json)
 
 

@@ -34,7 +34,7 @@ from gemcut.families import DRAFTERS
 from gemcut.families.gguf import GgufLayout, GgufTensor, Value
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT)]
 from gguf_facts import as_stored, golden_keys, golden_tensor, values_of  # noqa: E402
 from rows import row, show  # noqa: E402
 
@@ -164,6 +164,16 @@ def compare(source: Path, folder: Path, scratch: Path, goldens: Path | None) -> 
     return out
 
 
+def demo_folders(scratch: Path) -> list[Path]:
+    """Every demo checkpoint; the tower with its trunk."""
+    from demo.train.join import joined
+
+    demo = ROOT / "demo"
+    tower = joined(demo / "moe", demo / "moe-vision", scratch / "moe-vision")
+    alone = sorted(path.parent for path in demo.glob("*/config.json") if path.parent.name != tower.name)
+    return [*alone, tower]
+
+
 def tiny_folders(scratch: Path) -> list[Path]:
     """Random checkpoints of every kind and of odd forms."""
     from transformers import AutoConfig
@@ -198,8 +208,7 @@ def main() -> None:
     parser.add_argument("--golden", type=Path)
     args = parser.parse_intermixed_args()
     with tempfile.TemporaryDirectory() as scratch:
-        demos = sorted(path.parent for path in (ROOT / "demo").glob("*/config.json"))
-        folders = args.folders or [*demos, *tiny_folders(Path(scratch))]
+        folders = args.folders or [*demo_folders(Path(scratch)), *tiny_folders(Path(scratch))]
         found: dict[str, list[str]] = {}
         for folder in folders:
             for name, lines in compare(args.source, folder, Path(scratch), args.golden).items():
