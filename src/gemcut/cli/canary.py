@@ -22,7 +22,7 @@ _SHOWN = 90  # characters of an answer in the table
 @click.argument("candidate")
 @click.option("--base-answers", type=click.Path(), help="Keep the base's answers here; read them where they exist.")
 @click.option("--max-new-tokens", type=click.IntRange(min=4), default=48, show_default=True, help="Cut answers there.")
-@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1.")
+@options.device
 @click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16"]), default="auto", show_default=True)
 @click.option("--max-memory", type=click.FloatRange(min=0, min_open=True), metavar="GIB", help="Refuse beyond this.")
 @click.option("-o", "--out", type=click.Path(), help="Keep the record in this folder.")

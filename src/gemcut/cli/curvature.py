@@ -14,12 +14,12 @@ from gemcut.cli.console import Talk
 @click.argument("model")
 @click.option("--corpus", required=True, help="JSON lines, text, or demo:calibration.")
 @options.out_folder
-@click.option("--max-tokens", type=click.IntRange(min=1), help="Whole items, class by class in turn, up to this many.")
+@options.max_tokens
 @click.option("--max-tokens-per-item", type=click.IntRange(min=2), default=4096, show_default=True)
 @click.option("--draws", type=click.IntRange(min=1), default=1, show_default=True, help="Answers drawn for each token.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the draws.")
 @click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16"]), default="float32", show_default=True)
-@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1.")
+@options.device
 @options.force
 @options.talk
 def curvature(

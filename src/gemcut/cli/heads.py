@@ -15,10 +15,10 @@ from gemcut.cli.console import Talk
 @click.option("--corpus", required=True, help="JSON lines, text, or demo:calibration.")
 @click.option("--method", type=click.Choice(["loo", "taylor"]), required=True, help="Leave one out, or the gradient.")
 @options.out_folder
-@click.option("--max-tokens", type=click.IntRange(min=1), help="Whole items, class by class in turn, up to this many.")
+@options.max_tokens
 @click.option("--max-tokens-per-item", type=click.IntRange(min=2), default=4096, show_default=True)
 @click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16"]), default="float32", show_default=True)
-@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1.")
+@options.device
 @options.force
 @options.talk
 def ablate(
@@ -69,9 +69,9 @@ def ablate(
 @click.option("--plan", "plan_file", required=True, type=click.Path(), help="plan.json: which heads or experts stay.")
 @click.option("--corpus", required=True, help="JSON lines, text, or demo:calibration.")
 @options.out_folder
-@click.option("--max-tokens", type=click.IntRange(min=1), help="Whole items, class by class in turn, up to this many.")
+@options.max_tokens
 @click.option("--method", type=click.Choice(["sequential", "local"]), default="sequential", show_default=True)
-@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1.")
+@options.device
 @click.option("--set", "sets", multiple=True, metavar="PATH=VALUE", help="Another heal field, e.g. dtype=float32.")
 @options.force
 @options.talk

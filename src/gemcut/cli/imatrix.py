@@ -33,9 +33,9 @@ _LISTED = 12  # tensors with starved experts that the table shows
 @click.option(
     "--prior", type=click.IntRange(min=0), default=64, show_default=True, help="Rows lent to a starved expert."
 )
-@click.option("--max-tokens", type=click.IntRange(min=1), help="Whole items, class by class in turn, up to this many.")
-@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1.")
-@click.option("--set", "sets", multiple=True, metavar="PATH=VALUE", help="Another observe field, e.g. dtype=float32.")
+@options.max_tokens
+@options.device
+@options.observe_fields
 @options.force
 @options.dry_run
 @options.talk

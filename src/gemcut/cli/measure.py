@@ -16,8 +16,8 @@ from gemcut.types import Estimate, KldResult
 @click.argument("base")
 @click.argument("candidates", nargs=-1, required=True)
 @click.option("--corpus", required=True, help="JSON lines, text, or demo:heldout.")
-@click.option("--max-tokens", type=click.IntRange(min=1), help="Whole items, class by class in turn, up to this many.")
-@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1.")
+@options.max_tokens
+@options.device
 @click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16"]), default="auto", show_default=True)
 @click.option("--seed", default=0, show_default=True, help="Seed of the bootstrap.")
 @click.option("--raw", is_flag=True, help="Messages as plain text, without the chat template.")

@@ -50,6 +50,13 @@ class OutPath(click.Path):
 
 force = click.option("--force", is_flag=True, help="Replace an existing output.")
 dry_run = click.option("--dry-run", is_flag=True, help="Say what would be read, written and needed; do nothing.")
+device = click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1.")
+max_tokens = click.option(
+    "--max-tokens", type=click.IntRange(min=1), help="Whole items, class by class in turn, up to this many."
+)
+observe_fields = click.option(
+    "--set", "sets", multiple=True, metavar="PATH=VALUE", help="Another observe field, e.g. dtype=float32."
+)
 out_folder = click.option("-o", "--out", required=True, type=OutPath(), help="The folder to write.")
 
 

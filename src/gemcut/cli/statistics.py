@@ -14,12 +14,12 @@ from gemcut.cli.console import Talk
 @click.argument("model")
 @click.option("--corpus", required=True, help="JSON lines, text, or demo:calibration.")
 @options.out_folder
-@click.option("--max-tokens", type=click.IntRange(min=1), help="Whole items, class by class in turn, up to this many.")
+@options.max_tokens
 @click.option(
     "--max-memory", type=click.FloatRange(min=0, min_open=True), metavar="GIB", help="Refuse or spill beyond this."
 )
-@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1.")
-@click.option("--set", "sets", multiple=True, metavar="PATH=VALUE", help="Another observe field, e.g. dtype=float32.")
+@options.device
+@options.observe_fields
 @options.force
 @options.dry_run
 @options.talk
