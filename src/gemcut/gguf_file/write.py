@@ -12,7 +12,6 @@ import struct
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 
 from gemcut.errors import CheckpointError, UsageError
@@ -280,14 +279,3 @@ def gguf_writer(path: Path, layout: Layout, *, keep_partial: bool = False) -> It
         writer = GgufWriter(fd, layout)
         yield writer
         writer.finish(partial)
-
-
-def payload_bytes(tensors: Sequence[Entry]) -> int:
-    """Bytes of the tensors alone, padding left out."""
-    return sum(_size(entry) for entry in tensors)
-
-
-def bits_per_weight(tensors: Sequence[Entry]) -> float:
-    """Achieved bits per weight: payload bits over elements."""
-    elements = sum(prod(shape) for _, _, shape in tensors)
-    return 8 * payload_bytes(tensors) / max(elements, 1)

@@ -10,17 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from gemcut.errors import CheckpointError
+from gemcut.records.arrays import SHA256, beside, open_arrays, save_arrays
 from gemcut.records.fields import open_record
-from gemcut.store import atomic_folder, fingerprint, sha256_file, write_json
+from gemcut.store import fingerprint
 from gemcut.types import F64, Json
 
 CURVATURE_SCHEMA = 1
 CURVATURE_FILE = "curvature.json"
-_VALUES_FILE = "curvature.safetensors"
 _ROWS, _COLUMNS = ".rows", ".columns"
 _MAX_TENSORS = 1 << 20
 
@@ -70,22 +68,19 @@ def save_curvature(curvature: Curvature, folder: Path, *, force: bool = False) -
     """
     arrays = {}
     for name, one in curvature.tensors.items():
-        arrays[name + _ROWS] = np.ascontiguousarray(one.rows)
-        arrays[name + _COLUMNS] = np.ascontiguousarray(one.columns)
-    with atomic_folder(folder, force=force) as partial:
-        save_file(arrays, partial / _VALUES_FILE)
-        body: dict[str, Json] = {
-            "schema": CURVATURE_SCHEMA,
-            "tokens": curvature.tokens,
-            "draws": curvature.draws,
-            "items": curvature.items,
-            "dtype": curvature.dtype,
-            "seed": curvature.seed,
-            "model": curvature.model_fingerprint,
-            "corpus": curvature.corpus_hash,
-            "values_sha256": sha256_file(partial / _VALUES_FILE),
-        }
-        write_json(partial / CURVATURE_FILE, body)
+        arrays[name + _ROWS] = one.rows
+        arrays[name + _COLUMNS] = one.columns
+    body: dict[str, Json] = {
+        "schema": CURVATURE_SCHEMA,
+        "tokens": curvature.tokens,
+        "draws": curvature.draws,
+        "items": curvature.items,
+        "dtype": curvature.dtype,
+        "seed": curvature.seed,
+        "model": curvature.model_fingerprint,
+        "corpus": curvature.corpus_hash,
+    }
+    save_arrays(folder, CURVATURE_FILE, arrays, body, force=force)
 
 
 def load_curvature(folder: Path) -> Curvature:
@@ -96,9 +91,9 @@ def load_curvature(folder: Path) -> Curvature:
         CheckpointError: wrong types, another schema, changed values, or values that no sums of squares can have.
     """
     f = open_record(folder / CURVATURE_FILE, "curvature", CURVATURE_SCHEMA)
-    digest = f.digest("values_sha256")
+    digest = f.digest(SHA256)
     out = Curvature(
-        tensors=_read(folder / _VALUES_FILE, digest),
+        tensors=_read(beside(folder / CURVATURE_FILE), digest),
         tokens=f.count("tokens", 1),
         draws=f.count("draws", 1),
         items=f.count("items", 1),
@@ -114,19 +109,14 @@ def load_curvature(folder: Path) -> Curvature:
 
 def _read(path: Path, digest: str) -> dict[str, Margins]:
     hint = "make it again from the same model and corpus"
-    try:
-        if sha256_file(path) != digest:
-            raise CheckpointError("the curvature is not what was recorded", where=path.name, hint=hint)
-        with safe_open(path, framework="numpy") as f:
-            names = set(f.keys())
-            stems = sorted(name.removesuffix(_ROWS) for name in names if name.endswith(_ROWS))
-            wanted = {stem + part for stem in stems for part in (_ROWS, _COLUMNS)}
-            if names != wanted or not stems or len(stems) > _MAX_TENSORS:
-                raise CheckpointError("rows without columns, or columns without rows", where=path.name, hint=hint)
-            for name in names:
-                part = f.get_slice(name)
-                if str(part.get_dtype()) != "F64" or len(part.get_shape()) != 2:
-                    raise CheckpointError(f"{name[:200]} has another form", where=path.name, hint=hint)
-            return {stem: Margins(f.get_tensor(stem + _ROWS), f.get_tensor(stem + _COLUMNS)) for stem in stems}
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"cannot read the curvature: {error}", where=path.name) from None
+    with open_arrays(path, digest, "curvature's values") as f:
+        names = set(f.keys())
+        stems = sorted(name.removesuffix(_ROWS) for name in names if name.endswith(_ROWS))
+        wanted = {stem + part for stem in stems for part in (_ROWS, _COLUMNS)}
+        if names != wanted or not stems or len(stems) > _MAX_TENSORS:
+            raise CheckpointError("rows without columns, or columns without rows", where=path.name, hint=hint)
+        for name in names:
+            part = f.get_slice(name)
+            if str(part.get_dtype()) != "F64" or len(part.get_shape()) != 2:
+                raise CheckpointError(f"{name[:200]} has another form", where=path.name, hint=hint)
+        return {stem: Margins(f.get_tensor(stem + _ROWS), f.get_tensor(stem + _COLUMNS)) for stem in stems}

@@ -6,18 +6,15 @@ from pathlib import Path
 from typing import cast
 
 import numpy as np
-from safetensors.numpy import save_file
 
 from gemcut.errors import CheckpointError
-from gemcut.records.arrays import read_arrays
+from gemcut.records.arrays import SHA256, beside, read_arrays, save_arrays
 from gemcut.records.fields import open_record
 from gemcut.records.plans import MAX_LAYERS, MAX_UNITS
-from gemcut.store import atomic_folder, sha256_file, write_json
 from gemcut.types import HeadImportance, ImportanceMethod, Json
 
 IMPORTANCE_SCHEMA = 1
 IMPORTANCE_FILE = "importance.json"
-_VALUES_FILE = "importance.safetensors"
 
 
 def save_importance(importance: HeadImportance, folder: Path, *, force: bool = False) -> None:
@@ -29,23 +26,21 @@ def save_importance(importance: HeadImportance, folder: Path, *, force: bool = F
     arrays = {"values": importance.values, "per_class": importance.per_class}
     if importance.stderr is not None:
         arrays["stderr"] = importance.stderr
-    with atomic_folder(folder, force=force) as partial:
-        save_file({name: np.ascontiguousarray(a, np.float64) for name, a in arrays.items()}, partial / _VALUES_FILE)
-        body: dict[str, Json] = {
-            "schema": IMPORTANCE_SCHEMA,
-            "method": importance.method,
-            "layers": list(importance.layers),
-            "units": importance.units,
-            "classes": list(importance.classes),
-            "model": importance.model_fingerprint,
-            "corpus": importance.corpus_hash,
-            "template": importance.template_hash,
-            "dtype": importance.dtype,
-            "tokens": importance.tokens,
-            "items": importance.items,
-            "values_sha256": sha256_file(partial / _VALUES_FILE),
-        }
-        write_json(partial / IMPORTANCE_FILE, body)
+    body: dict[str, Json] = {
+        "schema": IMPORTANCE_SCHEMA,
+        "method": importance.method,
+        "layers": list(importance.layers),
+        "units": importance.units,
+        "classes": list(importance.classes),
+        "model": importance.model_fingerprint,
+        "corpus": importance.corpus_hash,
+        "template": importance.template_hash,
+        "dtype": importance.dtype,
+        "tokens": importance.tokens,
+        "items": importance.items,
+    }
+    found = {name: np.asarray(array, np.float64) for name, array in arrays.items()}
+    save_arrays(folder, IMPORTANCE_FILE, found, body, force=force)
 
 
 def load_importance(folder: Path) -> HeadImportance:
@@ -67,12 +62,12 @@ def load_importance(folder: Path) -> HeadImportance:
         f.refuse("method", method, "loo or taylor")
     grid = (len(layers), units)
     forms = {"values": ("F64", grid), "stderr": ("F64", grid), "per_class": ("F64", (len(classes), *grid))}
-    arrays = read_arrays(folder / _VALUES_FILE, f.digest("values_sha256"), forms, "importance values")
+    arrays = read_arrays(beside(folder / IMPORTANCE_FILE), f.digest(SHA256), forms, "importance values")
     stderr = arrays.get("stderr")
     if "per_class" not in arrays or (stderr is not None and bool((stderr < 0).any())):
         raise CheckpointError(
             "the importance has no values per class, or a standard error below zero",
-            where=_VALUES_FILE,
+            where=beside(folder / IMPORTANCE_FILE).name,
             hint="run the ablation again",
         )
     out = HeadImportance(

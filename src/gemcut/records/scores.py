@@ -6,17 +6,14 @@ from pathlib import Path
 from typing import cast
 
 import numpy as np
-from safetensors.numpy import save_file
 
-from gemcut.records.arrays import read_arrays
+from gemcut.records.arrays import SHA256, beside, read_arrays, save_arrays
 from gemcut.records.fields import open_record, to_json
 from gemcut.records.plans import MAX_LAYERS, MAX_UNITS
-from gemcut.store import atomic_folder, sha256_file, write_json
 from gemcut.types import Json, Kind, Scores
 
 SCORES_SCHEMA = 1
 SCORES_FILE = "scores.json"
-_VALUES_FILE = "scores.safetensors"
 
 
 def save_scores(scores: Scores, folder: Path, *, force: bool = False) -> None:
@@ -25,28 +22,25 @@ def save_scores(scores: Scores, folder: Path, *, force: bool = False) -> None:
     Raises:
         UsageError: `folder` exists and `force` is not given.
     """
-    tensors = {"values": np.ascontiguousarray(scores.values, np.float64)}
+    tensors = {"values": np.asarray(scores.values, np.float64)}
     if scores.protected is not None:
-        tensors["protected"] = np.ascontiguousarray(scores.protected, np.uint8)
+        tensors["protected"] = np.asarray(scores.protected, np.uint8)
     if scores.per_class is not None:
-        tensors["per_class"] = np.ascontiguousarray(scores.per_class, np.float64)
-    with atomic_folder(folder, force=force) as partial:
-        save_file(tensors, partial / _VALUES_FILE)
-        body: dict[str, Json] = {
-            "schema": SCORES_SCHEMA,
-            "criterion": scores.criterion,
-            "params": to_json(scores.params),
-            "kind": scores.kind,
-            "layers": list(scores.layers),
-            "units": scores.units,
-            "model": scores.model_fingerprint,
-            "statistics": scores.statistics_fingerprint,
-            "corpus": scores.corpus_hash,
-            "classes": list(scores.classes),
-            "why": scores.why,
-            "values_sha256": sha256_file(partial / _VALUES_FILE),
-        }
-        write_json(partial / SCORES_FILE, body)
+        tensors["per_class"] = np.asarray(scores.per_class, np.float64)
+    body: dict[str, Json] = {
+        "schema": SCORES_SCHEMA,
+        "criterion": scores.criterion,
+        "params": to_json(scores.params),
+        "kind": scores.kind,
+        "layers": list(scores.layers),
+        "units": scores.units,
+        "model": scores.model_fingerprint,
+        "statistics": scores.statistics_fingerprint,
+        "corpus": scores.corpus_hash,
+        "classes": list(scores.classes),
+        "why": scores.why,
+    }
+    save_arrays(folder, SCORES_FILE, tensors, body, force=force)
 
 
 def load_scores(folder: Path) -> Scores:
@@ -69,7 +63,7 @@ def load_scores(folder: Path) -> Scores:
         "protected": ("U8", (len(layers), units)),
         "per_class": ("F64", (len(classes), len(layers), units)),
     }
-    tensors = read_arrays(folder / _VALUES_FILE, f.digest("values_sha256"), forms, "scores")
+    tensors = read_arrays(beside(folder / SCORES_FILE), f.digest(SHA256), forms, "scores")
     scores = Scores(
         criterion=f.text("criterion", empty=False),
         params=f.mapping("params"),
