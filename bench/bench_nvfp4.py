@@ -1,7 +1,7 @@
 """NVFP4 against llm-compressor: error of weights, KLD and size; and how fast it is at the width of the real models.
 
-    python bench/bench_nvfp4.py rival PYTHON [--json] [--only dense,moe] [--calibrate 8192] [--tokens 16384]
-    python bench/bench_nvfp4.py speed [--json] [--only 31B,26B-A4B] [--layers 2] [--runs 3] [--folder DIR]
+    python bench/bench_nvfp4.py [--json] rival PYTHON [--only dense,moe] [--calibrate 8192] [--tokens 16384]
+    python bench/bench_nvfp4.py [--json] speed [--only 31B,26B-A4B] [--layers 2] [--runs 3] [--folder DIR]
 
 rival: PYTHON is the interpreter of an environment with llm-compressor. Both quantise the demo trunks, all linears or
 the MLPs and experts alone, from the same samples: llm-compressor with its own defaults, gemcut with its own, which are
@@ -243,6 +243,7 @@ def speed_rows(found: Mapping[str, Any], layers: int) -> Iterator[Line]:
 def main() -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true")
     verbs = parser.add_subparsers(dest="verb", required=True)
     against = verbs.add_parser("rival")
     against.add_argument("python", type=Path)
@@ -254,8 +255,6 @@ def main() -> int:
     fast.add_argument("--only", default=",".join(WIDE))
     fast.add_argument("--runs", type=int, default=3)
     fast.add_argument("--folder", type=Path, help="where checkpoints are written; a temporary folder by default")
-    for one in (against, fast):
-        one.add_argument("--json", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(1)
     found: dict[str, Any]

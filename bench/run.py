@@ -1,6 +1,6 @@
 """The performance figures, one bench after another on this machine, as the tables of docs/bench.md.
 
-    python bench/run.py [--only cut,observe] [--reference DIR] [--wide DIR]
+    python bench/run.py [--only cut,observe] [--reference DIR] [--wide DIR] [--rival DIR]
     python bench/run.py --keep imatrix-auto FILE   keep what that bench printed with --json
     python bench/run.py --page       only write the page anew
     python bench/run.py --check      exit 1 if the page is not what the records say
@@ -10,8 +10,8 @@ bench, never across machines. Its answer is kept in bench/records, beside machin
 the records: what is not run again stays. `--only` takes names of benches or of chapters.
 
 Benches that hold gemcut against llama.cpp's tools need them: `--reference` names a folder with its source in `src/` and
-the tools built from it in `build/bin/`. `--wide` names the trunk that `wide_experts.py` trains. What needs a folder
-that is not named is skipped, and said so.
+the tools built from it in `build/bin/`. `--wide` names the trunk that `wide_experts.py` trains, `--rival` a virtual
+environment with llm-compressor. What needs a folder that is not named is skipped, and said so.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 RECORDS = HERE / "records"
 PAGE = HERE.parent / "docs" / "bench.md"
-REFERENCE, WIDE = "{reference}", "{wide}"
+REFERENCE, WIDE, RIVAL = "{reference}", "{wide}", "{rival}"
 SOURCE, TOOLS = f"{REFERENCE}/src", f"{REFERENCE}/build/bin"
 
 
@@ -51,7 +51,7 @@ class Bench:
 
     def lacks(self, folders: Mapping[str, str]) -> list[str]:
         """Names of folders that it needs besides these."""
-        needed = (name for name in (REFERENCE, WIDE) if any(name in word for word in self.command))
+        needed = (name for name in (REFERENCE, WIDE, RIVAL) if any(name in word for word in self.command))
         return [name.strip("{}") for name in needed if name not in folders]
 
 
@@ -112,6 +112,20 @@ CHAPTERS = {
             "padding": Bench(("bench_padding.py", "--model", WIDE)),
             "gguf-nvfp4": Bench(("bench_nvfp4_gguf.py", "bytes", SOURCE)),
             "gguf-nvfp4-kld": Bench(("bench_nvfp4_gguf.py", "kld"), f"{_TRUNKS} items."),
+        },
+    ),
+    "compressed": Chapter(
+        "NVFP4 checkpoints",
+        "Four-bit weights (NVFP4A16), or four-bit activations too (NVFP4).",
+        {
+            "nvfp4-speed": Bench(
+                ("bench_nvfp4.py", "speed"),
+                "The whole verb, its start, reading, hashing and fsync included; random weights at full width.",
+            ),
+            "nvfp4-rival": Bench(
+                ("bench_nvfp4.py", "rival", f"{RIVAL}/bin/python"),
+                f"llm-compressor's QuantizationModifier with its defaults, the same samples. {_TRUNKS} items or matrices.",
+            ),
         },
     ),
 }
@@ -181,7 +195,7 @@ def keep(name: str, answer: dict[str, Any], **facts: float) -> None:
 def section(name: str, record: dict[str, Any], machine: str) -> Iterator[str]:
     """One bench on the page. machine: the page's own, which need not be said again."""
     bench = BENCHES[name]
-    words = " ".join(bench.words({REFERENCE: "REFERENCE", WIDE: "WIDE"}))
+    words = " ".join(bench.words({REFERENCE: "REFERENCE", WIDE: "WIDE", RIVAL: "RIVAL"}))
     said = [bench.about] if bench.about else []
     said += [f"`bench/{words}`, {record['date']}" + (f", {record['machine']}" * (record["machine"] != machine)) + "."]
     yield from ("", " ".join(said), "", "| what | target | measured |", "|---|---|---|")
@@ -226,6 +240,7 @@ def main() -> int:
     parser.add_argument("--only", default=",".join(BENCHES))
     parser.add_argument("--reference", type=Path, help="folder with llama.cpp: src/ and build/bin/")
     parser.add_argument("--wide", type=Path, help="folder of a trunk with experts 704 wide")
+    parser.add_argument("--rival", type=Path, help="folder of a virtual environment with llm-compressor")
     parser.add_argument("--keep", nargs=2, metavar=("NAME", "FILE"))
     parser.add_argument("--page", action="store_true")
     parser.add_argument("--check", action="store_true")
@@ -242,7 +257,7 @@ def main() -> int:
             sys.exit(f"no such bench: {name}; there are {', '.join(BENCHES)}")
         keep(name, json.loads(Path(file).read_text()))
     elif not args.page:
-        given = {REFERENCE: args.reference, WIDE: args.wide}
+        given = {REFERENCE: args.reference, WIDE: args.wide, RIVAL: args.rival}
         folders = {name: str(folder.resolve()) for name, folder in given.items() if folder is not None}
         for name in named(args.only):
             answered &= run(name, folders)
