@@ -1,7 +1,7 @@
 """NVFP4 against llm-compressor: error of weights, KLD and size; and how fast it is at the width of the real models.
 
     python bench/bench_nvfp4.py [--json] rival PYTHON [--only dense,moe] [--calibrate 8192] [--tokens 16384]
-    python bench/bench_nvfp4.py [--json] speed [--only 31B,26B-A4B] [--layers 2] [--runs 3] [--folder DIR]
+    python bench/bench_nvfp4.py [--json] speed [--only 31B,26B-A4B] [--layers 2] [--runs 2] [--folder DIR]
 
 rival: PYTHON is the interpreter of an environment with llm-compressor. Both quantise the demo trunks, all linears or
 the MLPs and experts alone, from the same samples: llm-compressor with its own defaults, gemcut with its own, which are
@@ -253,7 +253,7 @@ def main() -> int:
     fast = verbs.add_parser("speed")
     fast.add_argument("--layers", type=int, default=2)
     fast.add_argument("--only", default=",".join(WIDE))
-    fast.add_argument("--runs", type=int, default=3)
+    fast.add_argument("--runs", type=int, default=2)
     fast.add_argument("--folder", type=Path, help="where checkpoints are written; a temporary folder by default")
     args = parser.parse_args()
     torch.set_num_threads(1)

@@ -124,7 +124,7 @@ CHAPTERS = {
             ),
             "nvfp4-rival": Bench(
                 ("bench_nvfp4.py", "rival", f"{RIVAL}/bin/python"),
-                f"llm-compressor's QuantizationModifier with its defaults, the same samples. {_TRUNKS} items or matrices.",
+                f"llm-compressor with its defaults, from the same samples. {_TRUNKS} items or matrices.",
             ),
         },
     ),
