@@ -261,6 +261,7 @@ def main() -> int:
         folders = {name: str(folder.resolve()) for name, folder in given.items() if folder is not None}
         for name in named(args.only):
             answered &= run(name, folders)
+            PAGE.write_text(page())  # what is measured stays measured, whatever comes next
         if os.getloadavg()[0] > os.cpu_count() + 1:  # type: ignore[operator]
             print("the machine was loaded: keep no seconds of this", file=sys.stderr)
     PAGE.write_text(page())
