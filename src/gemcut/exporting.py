@@ -22,7 +22,7 @@ from gemcut.export.metadata import file_metadata
 from gemcut.export.mix import contribution, overrides, padding, sizes, stock
 from gemcut.export.output import bytes_to_write, refuse_others
 from gemcut.export.provenance import provenance
-from gemcut.export.repacked import FILE_NUMBER, FILE_TYPE, refuse_other, repack, repacked_types
+from gemcut.export.repacked import FILE_TYPES, refuse_other, repack, repacked_types
 from gemcut.export.run import SPARE_BYTES, ExportReport, export_gguf
 from gemcut.export.source import PIECE_ELEMENTS
 from gemcut.export.targets import Importances, Planned, Target, blocks_of, plan_target
@@ -164,7 +164,7 @@ def plan_export(
     given = overrides.parse_overrides(words.overrides)
     exports: list[Export] = []
     if (words.types or words.mix.asked) and is_nvfp4(checkpoint.config):
-        exports.append(_repacked(checkpoint, words, given, library))
+        exports += _repacked(checkpoint, words, given, library)
     elif words.types or words.mix.asked:
         layout = layout_of(checkpoint)
         imatrix = None if words.imatrix is None else _imatrix(words.imatrix, layout, checkpoint)
@@ -216,15 +216,18 @@ def _plan_model(
 
 def _repacked(
     checkpoint: Checkpoint, words: GgufWords, given: Sequence[overrides.Override], library: Library
-) -> Export:
-    """The one file of an NVFP4 checkpoint."""
+) -> list[Export]:
+    """Files of an NVFP4 checkpoint; each has tensors of its own."""
     beside = {"--imatrix": words.imatrix is not None, "--pad-experts": words.pad_experts, "--size": words.mix.asked}
-    for asked in words.types or (FILE_TYPE,):
-        refuse_other(asked.strip().upper(), beside)
-    view, layout = repack(checkpoint)
-    files = _Files(view, library, words, None, None)
-    name = f"{file_stem(checkpoint)}-{FILE_TYPE}.gguf"
-    return Export(view, layout, (files.plan(layout, name, repacked_types(view, layout, given), FILE_NUMBER),))
+    types = tuple(dict.fromkeys(name.strip().upper() for name in words.types))
+    refuse_other(types, beside)
+    exports = []
+    for asked in types:
+        view, layout = repack(checkpoint, asked)
+        name, kinds = f"{file_stem(checkpoint)}-{asked}.gguf", repacked_types(view, layout, given)
+        planned = _Files(view, library, words, None, None).plan(layout, name, kinds, FILE_TYPES[asked])
+        exports.append(Export(view, layout, (planned,)))
+    return exports
 
 
 def _types(

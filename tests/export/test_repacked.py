@@ -193,8 +193,8 @@ def test_the_tower_is_the_base_s(folders: dict[str, Checkpoint], tmp_path: Path)
 @pytest.mark.parametrize(
     ("words", "what"),
     [
-        (GgufWords(("Q4_K_M",)), "stored as NVFP4 only"),
-        (GgufWords(("NVFP4", "Q8_0")), "stored as NVFP4 only"),
+        (GgufWords(("Q4_K_M",)), "stored as it is"),
+        (GgufWords(("NVFP4", "Q8_0")), "stored as it is"),
         (GgufWords(("NVFP4",), pad_experts=True), "stored as it is"),
         (GgufWords(("NVFP4",), imatrix=Path("any.gguf")), "stored as it is"),
         (GgufWords(("NVFP4",), overrides=("ffn_down=q8_0",)), "binds nothing"),
@@ -203,6 +203,19 @@ def test_the_tower_is_the_base_s(folders: dict[str, Checkpoint], tmp_path: Path)
 def test_nothing_is_quantised_twice(folders: dict[str, Checkpoint], words: GgufWords, what: str) -> None:
     with pytest.raises(UsageError, match=what):
         plan_export(folders["a16"], words)
+
+
+def test_sixteen_bits_hold_the_same(folders: dict[str, Checkpoint], tmp_path: Path) -> None:
+    planned = plan_export(folders["w4a4"], GgufWords(("NVFP4", "BF16", "nvfp4")))
+    write_export(planned, tmp_path, threads=1)
+    narrow, wide = (
+        {tensor.name: tensor for tensor in GGUFReader(tmp_path / f"w4a4-{kind}.gguf").tensors}
+        for kind in ("NVFP4", "BF16")
+    )
+    assert narrow.keys() == wide.keys()
+    assert {tensor.tensor_type.name for tensor in wide.values()} == {"BF16", "F32"}
+    for name, tensor in narrow.items():
+        assert np.array_equal(stored(tensor), stored(wide[name])), name
 
 
 def test_a_plain_checkpoint_is_sent_through_nvfp4_first(folders: dict[str, Checkpoint]) -> None:

@@ -94,7 +94,7 @@ def gguf(
     Tensors have the bytes that llama-quantize gives them, but for importance matrices with roundings (gemcut imatrix
     --variant auto, or --roundings): blocks are then picked from several quantisations, which llama-quantize does not.
 
-    An NVFP4 folder has one type, -t NVFP4: its codes and scales as they are, the rest as it is or as --tensor-type says.
+    An NVFP4 folder is stored without rounding: -t NVFP4 takes codes and scales as they are, -t BF16 what they mean.
     """
     from gemcut import exporting, gguf_stages, machine, mixing, models, recipe
     from gemcut.errors import UsageError

@@ -7,8 +7,9 @@
     X.input_scale  F32, the same of the inputs' scale, where activations are quantised
 
 Experts lie apart, gate and up too, since llama.cpp reads no scale for fused ones; ffn_down_exps.scale, which holds the
-router's per_expert_scale otherwise, holds the product. Where 64 does not divide the columns, e2m1 · s is stored as
-BF16, which holds every such product (six significant bits, 2^-10 … 2688): nothing is rounded there either.
+router's per_expert_scale otherwise, holds the product. Where 64 does not divide the columns, or 16 bits are asked
+for, e2m1 · s is stored as BF16, which holds every such product (six significant bits, 2^-10 … 2688): nothing is rounded
+there either.
 Source: llama.cpp conversion/base.py (_nvfp4_pack), conversion/gemma.py, ggml-common.h (block_nvfp4), llama-model.cpp.
 """
 
@@ -37,7 +38,7 @@ from gemcut.nvfp4.decode import dequantise
 from gemcut.nvfp4.plain import Packed, Plain, divisor, plain_tensors
 from gemcut.types import F32, TensorRef
 
-FILE_TYPE, FILE_NUMBER = "NVFP4", 39  # general.file_type: MOSTLY_NVFP4
+FILE_TYPES = {"NVFP4": 39, "BF16": 32}  # → general.file_type
 _GROUP, _BLOCK = 16, 64
 _LARGEST_SCALE = 0x7E  # e4m3 bytes above it are NaN or negative; ggml reads the one as 0 and knows no others
 _APART = {"gate_proj": "ffn_gate_exps", "up_proj": "ffn_up_exps"}
@@ -98,7 +99,7 @@ def _stored(base: Checkpoint, one: Packed, dtype: str, first: int, stop: int) ->
     if scales.size and scales.max() > _LARGEST_SCALE:
         raise CheckpointError("the scale of a block is NaN or negative", where=one.scales.name, got=hex(scales.max()))
     scales = scales.reshape(stop - first, -1)
-    if dtype == FILE_TYPE:
+    if dtype == "NVFP4":
         return to_blocks(codes, scales).reshape(-1)
     values = dequantise(codes, scales, 1.0)
     return np.ascontiguousarray(values.view("<u2")[:, 1::2]).view(np.uint8).reshape(-1)
@@ -124,9 +125,11 @@ def to_blocks(codes: U8, scales: U8) -> U8:
     return out
 
 
-def repack(checkpoint: Checkpoint) -> tuple[RepackedCheckpoint, GgufLayout]:
+def repack(checkpoint: Checkpoint, asked: str = "NVFP4") -> tuple[RepackedCheckpoint, GgufLayout]:
     """The folder as the exporter reads it, and what its model file holds; headers and global scales only.
 
+    Args:
+        asked: one of FILE_TYPES.
     Raises:
         CheckpointError: a part of a matrix is missing or has another form; a global scale is no positive number.
         UsageError: as the family says.
@@ -144,7 +147,7 @@ def repack(checkpoint: Checkpoint) -> tuple[RepackedCheckpoint, GgufLayout]:
             continue
         for part, found in _parts(tensor, packed):
             assert part.source is not None
-            matrices[part.source], refs[part.source] = found, _ref(part, found)
+            matrices[part.source], refs[part.source] = found, _ref(part, found, asked)
             factors = given.get(_beside(part, "scale"))
             tensors[part.name] = part
             for number in _numbers(checkpoint, plain, part, found, factors):
@@ -154,7 +157,8 @@ def repack(checkpoint: Checkpoint) -> tuple[RepackedCheckpoint, GgufLayout]:
         checkpoint.path, checkpoint.name, checkpoint.config, checkpoint.shards, MappingProxyType(untouched | refs),
         checkpoint.index, base=checkpoint, matrices=MappingProxyType(matrices),
     )  # fmt: skip
-    _say_wide(refs)
+    if asked == "NVFP4":
+        _say_wide(refs)
     cache = [ref.name for scales in plain.cache.values() for ref in scales]
     left_out = {**layout.left_out, **dict.fromkeys(cache, "scale of an FP8 cache: llama.cpp's has none")}
     metadata = {**layout.metadata, **_precision(plain, tensors, refs)}
@@ -198,8 +202,8 @@ def _parts(tensor: GgufTensor, packed: tuple[Packed, ...]) -> Iterator[tuple[Ggu
         )
 
 
-def _ref(tensor: GgufTensor, packed: tuple[Packed, ...]) -> TensorRef:
-    dtype = FILE_TYPE if fits(GgmlType.NVFP4, tensor.shape[-1]) else "BF16"
+def _ref(tensor: GgufTensor, packed: tuple[Packed, ...], asked: str) -> TensorRef:
+    dtype = asked if fits(GgmlType[asked], tensor.shape[-1]) else "BF16"
     size, first = tensor_bytes(GgmlType[dtype], tensor.shape), packed[0].codes
     assert tensor.source is not None
     return TensorRef(tensor.source, dtype, tensor.shape, first.shard, first.start, first.start + size)
@@ -241,9 +245,9 @@ def _number(tensor: GgufTensor, tail: str, values: F32) -> GgufTensor:
 
 def _precision(plain: Plain, tensors: Mapping[str, GgufTensor], refs: Mapping[str, TensorRef]) -> dict[str, Value]:
     """With weights alone in four bits, what keeps processors that could from rounding activations to four bits, too."""
-    if plain.told.scheme == "NVFP4":
+    narrow = {ref.name for ref in refs.values() if ref.dtype == "NVFP4"}
+    if plain.told.scheme == "NVFP4" or not narrow:
         return {}
-    narrow = {ref.name for ref in refs.values() if ref.dtype == FILE_TYPE}
     names = sorted(tensor.name for tensor in tensors.values() if tensor.source in narrow)
     return {
         "general.quantization_version": Value("u32", QUANTIZATION_VERSION),  # its place is ahead of these
@@ -253,7 +257,7 @@ def _precision(plain: Plain, tensors: Mapping[str, GgufTensor], refs: Mapping[st
 
 
 def _say_wide(refs: Mapping[str, TensorRef]) -> None:
-    wide = [ref for ref in refs.values() if ref.dtype != FILE_TYPE]
+    wide = [ref for ref in refs.values() if ref.dtype != "NVFP4"]
     if wide:
         log.warning(
             "%d tensors become BF16, without rounding: their rows are no multiple of %d (%d columns in %s)",
@@ -261,19 +265,18 @@ def _say_wide(refs: Mapping[str, TensorRef]) -> None:
         )  # fmt: skip
 
 
-def refuse_other(asked: str, beside: Mapping[str, bool]) -> None:
-    """An NVFP4 folder has one GGUF file.
+def refuse_other(types: Sequence[str], beside: Mapping[str, bool]) -> None:
+    """An NVFP4 folder is stored without rounding, or not at all.
 
     Args:
-        asked: the file type.   beside: option → whether it was given, of those that quantise.
+        types: file types that are asked for.   beside: option → whether it was given, of those that quantise.
     Raises:
         UsageError: another file type, or an option that means nothing here.
     """
-    if asked != FILE_TYPE:
+    wanted = f"-t {' or -t '.join(FILE_TYPES)}"
+    wrong = [f"-t {asked}" for asked in types if asked not in FILE_TYPES]
+    if wrong := wrong or [option for option, given in beside.items() if given]:
         raise UsageError(
-            "an NVFP4 checkpoint is stored as NVFP4 only", got=f"-t {asked}", wanted=f"-t {FILE_TYPE}",
-            hint="other types come from the checkpoint that it was made from",
+            "an NVFP4 checkpoint is stored as it is", got=wrong[0], wanted=wanted,
+            hint="all else is made from the checkpoint that it was quantised from",
         )  # fmt: skip
-    for option, given in beside.items():
-        if given:
-            raise UsageError("an NVFP4 checkpoint is stored as it is", got=option, wanted=f"-t {FILE_TYPE} alone")
