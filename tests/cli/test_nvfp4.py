@@ -89,6 +89,7 @@ def test_what_stays_is_said(moe: Path, tmp_path: Path, capsys: pytest.CaptureFix
         (("--ignore", "."), 2, "nothing is left"),
         (("--device", "cuda:9"), 3, "torch cannot use this device"),
         (("--convert",), 4, "does not speak of NVFP4"),
+        (("--convert", "--scheme", "NVFP4"), 2, "would change nothing here"),
         (("--scheme", "int4"), 2, "Invalid value"),
     ],
 )
@@ -138,3 +139,28 @@ def test_from_text_to_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert code == 0
     assert json.loads(out)["scales"] == "weighted"
     assert gemcut(capsys, "verify", tmp_path / "out", "--base", model)[0] == 0
+
+
+def test_measured_and_refused_elsewhere(
+    moe: Path, stats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """KLD of a folder in either layout; everything that would learn from its weights or activations says no."""
+    out, other, corpus = tmp_path / "out", tmp_path / "other", write_corpus(tmp_path / "c.jsonl", 0)
+    words = ("--scheme", "nvfp4", "--targets", "all", "--stats", stats, "--kv", "one")
+    assert gemcut(capsys, "nvfp4", moe, *words, "-o", out)[0] == 0
+    assert gemcut(capsys, "nvfp4", out, "--convert", "--layout", "modelopt", "-o", other)[0] == 0
+    code, said, err = gemcut(capsys, "kld", moe, out, other, "--corpus", corpus, "--json")
+    assert code == 0
+    assert "heterogeneous" not in err  # what transformers says of a key that is for other loaders
+    first, second = json.loads(said)["results"]
+    assert first["rows"] == second["rows"]
+    assert first["rows"][-1]["mean"]["value"] > 0
+    for verb in (
+        ("observe", out, "--corpus", corpus, "-o", tmp_path / "s"),
+        ("curvature", out, "--corpus", corpus, "-o", tmp_path / "k"),
+        ("ablate", out, "--method", "taylor", "--corpus", corpus, "-o", tmp_path / "t"),
+    ):
+        code, _, err = gemcut(capsys, *verb)
+        assert code == 2, verb
+        assert err.count("error: an NVFP4 checkpoint can be measured, and nothing be learned from it") == 1
+    assert not any((tmp_path / name).exists() for name in "skt")

@@ -39,7 +39,7 @@ from gemcut.observe.settings import ObserveSettings
 from gemcut.records.statistics import save_statistics_index
 from gemcut.store import PARTIAL, atomic_folder, fingerprint, need_disk, write_json
 from gemcut.stream.corpus import Corpus
-from gemcut.stream.model import StreamedModel
+from gemcut.stream.model import StreamedModel, refuse_packed
 
 log = logging.getLogger(__name__)
 
@@ -61,10 +61,12 @@ def observe(
     last finished layer. `progress` is called with (tokens × layers done, in all, label).
 
     Raises:
-        UsageError: `out` holds something else, and not `force`; an empty corpus; a model that cannot be streamed.
+        UsageError: `out` holds something else, and not `force`; an empty corpus; a model that cannot be streamed, or
+            that is NVFP4.
         MissingError: memory or disk does not suffice.
         CheckpointError, QualityError: a value is not finite: layer, expert, item and token are named.
     """
+    refuse_packed(checkpoint)
     settings = settings or ObserveSettings()
     request = request_of(checkpoint, corpus, settings)
     digest = fingerprint(request)

@@ -18,10 +18,11 @@ from weakref import WeakValueDictionary
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.utils import logging as transformers_logging
 
 from gemcut.checkpoint.read import Checkpoint
 from gemcut.errors import CheckpointError, UsageError
-from gemcut.nvfp4.layout import is_nvfp4
+from gemcut.nvfp4.layout import HEADS_KEY, is_nvfp4
 from gemcut.nvfp4.plain import Plain, plain_tensors
 from gemcut.stream.experts import RECORDING, register
 from gemcut.stream.rounding import LayerRounding
@@ -104,7 +105,7 @@ class StreamedModel:
         compute = named_dtype(dtype) if dtype is not None else stored_dtype(checkpoint)
         register()
         try:
-            config = AutoConfig.from_pretrained(checkpoint.path, local_files_only=True, trust_remote_code=False)
+            config = _config(checkpoint)
             chosen = {} if experts is None else {"experts_implementation": _implementation(experts)}
             with torch.device("meta"):
                 model = AutoModelForCausalLM.from_config(config, dtype=compute, trust_remote_code=False, **chosen)
@@ -332,16 +333,39 @@ def _implementation(experts: str) -> str:
     return experts
 
 
+def _config(checkpoint: Checkpoint) -> Any:
+    """transformers' config. HEADS_KEY is for other loaders: here it would only make transformers warn of itself."""
+    said = transformers_logging.get_verbosity()
+    if HEADS_KEY in checkpoint.text_config:
+        transformers_logging.set_verbosity_error()
+    try:
+        config = AutoConfig.from_pretrained(checkpoint.path, local_files_only=True, trust_remote_code=False)
+    finally:
+        transformers_logging.set_verbosity(said)
+    setattr(config.get_text_config(), HEADS_KEY, False)
+    return config
+
+
+def refuse_packed(checkpoint: Checkpoint) -> None:
+    """What learns from weights or activations wants the original ones.
+
+    Raises:
+        UsageError: it is an NVFP4 checkpoint.
+    """
+    if is_nvfp4(checkpoint.config):
+        raise UsageError(
+            "an NVFP4 checkpoint can be measured, and nothing be learned from it",
+            where=checkpoint.name,
+            hint="start from the checkpoint that it was made from; kld takes both",
+        )
+
+
 def _plain(checkpoint: Checkpoint, allowed: bool, experts: str | None) -> Plain | None:
     """The checkpoint's plain tensors, where it is NVFP4."""
     if not is_nvfp4(checkpoint.config):
         return None
     if not allowed:
-        raise UsageError(
-            "an NVFP4 checkpoint can be measured, and nothing else be done with it here",
-            where=checkpoint.name,
-            hint="start from the checkpoint that it was made from; kld takes both",
-        )
+        refuse_packed(checkpoint)
     plain = plain_tensors(checkpoint)
     fused = any(not name.endswith(".weight") for name in plain.packed)
     if fused and plain.told.scheme == "NVFP4" and experts != "recording":
