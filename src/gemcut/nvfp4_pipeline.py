@@ -36,7 +36,8 @@ def pack(job: Job, last: int, model: Checkpoint, cut: Stage | None = None) -> Pa
         return None
     parents = () if cut is None else (cut.key,)
     observed = job.observe(model, "" if cut is None else "cut", parents) if words.observes else None
-    made = _export(job, words, model, observed, parents)
+    statistics = None if observed is None else observed.folder / STATISTICS
+    made = _export(job, words, model, statistics, (*parents, *(() if observed is None else (observed.key,))))
     checked = job.stage(
         "verify",
         LABEL,
@@ -46,7 +47,7 @@ def pack(job: Job, last: int, model: Checkpoint, cut: Stage | None = None) -> Pa
     )
     name = f"{model.name.rpartition('/')[2].partition('@')[0].replace(':', '-')}-{words.scheme}"
     checks = tuple(stages.load_checks(checked.folder))
-    packed = Packed(made.folder / MODEL, name, model, words.drafter, checks)
+    packed = Packed(made.folder / MODEL, name, model, statistics, words.drafter, checks)
     job.result.packed = packed
     if job.recipe.canary is not None:
         packed = job.result.packed = replace(packed, canary=_canary(job, job.recipe.canary, made))
@@ -55,10 +56,8 @@ def pack(job: Job, last: int, model: Checkpoint, cut: Stage | None = None) -> Pa
     return packed
 
 
-def _export(job: Job, words: Nvfp4Words, model: Checkpoint, observed: Stage | None, parents: tuple[str, ...]) -> Stage:
-    statistics = None if observed is None else observed.folder / STATISTICS
+def _export(job: Job, words: Nvfp4Words, model: Checkpoint, statistics: Path | None, behind: tuple[str, ...]) -> Stage:
     asked = words.model_dump(mode="json", exclude={"threads", "drafter"})
-    behind = (*parents, *(() if observed is None else (observed.key,)))
     return job.stage(
         "nvfp4",
         "",

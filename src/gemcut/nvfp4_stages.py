@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gemcut import machine, shipped, stages, store
+from gemcut import machine, records, shipped, stages, store
 from gemcut.checkpoint import Checkpoint, open_checkpoint
 from gemcut.export.nvfp4.choice import choose
 from gemcut.export.nvfp4.record import RECORD
@@ -31,11 +31,15 @@ ASKED = ("scales", "activations", "targets", "kv", "layout")  # words of the rec
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """What the stages left.   parent: what was quantised.   measured: against the recipe's base."""
+    """What the stages left.
+
+    parent: what was quantised.   statistics: what its scales were told by.   measured: against the recipe's base.
+    """
 
     folder: Path
     name: str
     parent: Checkpoint
+    statistics: Path | None
     drafter: str | None
     checks: tuple[Check, ...] = ()
     canary: CanaryResult | None = None
@@ -153,6 +157,7 @@ def described(packed: Packed, against: str) -> Nvfp4:
         left=dict(reasons),
         borrowed=tuple(map(str, borrowed)) if isinstance(borrowed, list) else (),
         corpus=str(record.get("corpus", "")),
+        observed=None if packed.statistics is None else records.load_statistics_index(packed.statistics).meta,
         kld=None if packed.measured is None else KldEntry(folder.name, packed.measured),
         against=against,
     )

@@ -210,6 +210,23 @@ def test_budget_takes_whole_items_one_class_at_a_time(folder: Path, tmp_path: Pa
         load_corpus(path, folder, max_tokens=1)
 
 
+def test_so_many_items_class_by_class_in_turn(folder: Path, tmp_path: Path) -> None:
+    path = write(tmp_path / "c.jsonl", [text(n, "x" * 9, cls=n[0]) for n in ("a1", "a2", "a3", "b1", "b2")])
+    assert [r.id for r in load_corpus(path, folder, max_items=3).items] == ["a1", "a2", "b1"]
+    assert [r.id for r in load_corpus(path, folder, max_items=3, max_tokens=20).items] == ["a1", "b1"]
+    assert [r.id for r in load_corpus(path, folder, max_items=9).items] == ["a1", "a2", "a3", "b1", "b2"]
+
+
+def test_chats_alone(folder: Path, tmp_path: Path) -> None:
+    path = write(tmp_path / "c.jsonl", [text("plain"), chat("one", ASK, ANSWER), text("other"), chat("two", ASK)])
+    corpus = load_corpus(path, folder, chat_only=True)
+    assert [r.id for r in corpus.items] == ["one", "two"]
+    assert corpus.bos_policy.startswith("chat: ")
+    assert "text" not in corpus.bos_policy
+    with pytest.raises(UsageError, match="no item with messages"):
+        load_corpus(write(tmp_path / "t.jsonl", [text("plain")]), folder, chat_only=True)
+
+
 def test_classes_choose_before_the_budget(folder: Path, tmp_path: Path) -> None:
     path = write(tmp_path / "c.jsonl", [text("a", cls="code"), text("b", cls="math"), text("c", cls="prose")])
     corpus = load_corpus(path, folder, classes=["prose", "code"])

@@ -106,7 +106,7 @@ def criteria(data: ReportData) -> Drawing | None:
         scale = ", log scale; no cut = 0 lies beyond the left edge" if wide else ""
         axes.set_xlabel(f"mean KLD from the base, nats per token (n = {n} chunks, 95 % intervals{scale})")
         axes.set_title("Damage by criterion at the same test: less is better", pad=16)
-        caption = "Each dot is the mean KLD of one candidate from the uncut base, with its 95 % interval over chunks"
+        caption = "Each dot is the mean KLD of one candidate from the base, with its 95 % interval over chunks"
         caption += f"; {data.entry.label} is the one that this report is about." if data.entry else "."
         return svg(figure, "criteria", plain(caption))
 
@@ -150,7 +150,7 @@ def damage(data: ReportData) -> Drawing | None:
         return svg(
             figure,
             "damage",
-            plain(f"What the cut {data.entry.label} costs each class of text, most damaged first; n counts chunks."),
+            plain(f"What {data.entry.label} costs each class of text, most damaged first; n counts chunks."),
         )
 
 

@@ -9,6 +9,7 @@ from gemcut.report.spelling import count, duration, json_text, size
 from gemcut.report.tables import by_damage, near_ties, units_name
 
 SHORT_HASH = 12
+LONG_CELL = 240  # characters
 
 
 def short(digest: str) -> str:
@@ -105,8 +106,14 @@ def config_rows(data: ReportData) -> Table | None:
     """Keys of config.json that changed."""
     if data.manifest is None or not data.manifest.config_changes:
         return None
-    rows = tuple((key, json_text(a), json_text(b)) for key, (a, b) in data.manifest.config_changes.items())
+    changes = data.manifest.config_changes.items()
+    rows = tuple((key, *(_clipped(json_text(value)) for value in (a, b))) for key, (a, b) in changes)
     return Table(("Key in config.json", "Base", "This model"), rows, "lrr")
+
+
+def _clipped(text: str) -> str:
+    """A cell that can be read: how a checkpoint was quantised takes a page."""
+    return text if len(text) <= LONG_CELL else f"{text[:LONG_CELL]}… (see config.json)"
 
 
 def file_rows(data: ReportData) -> Table | None:

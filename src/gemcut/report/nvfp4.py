@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from gemcut.report.data import ALL, KldEntry, Table
 from gemcut.report.spelling import change, count, interval, size
+from gemcut.types import StatisticsMeta
 
 _NAMED = 3  # borrowers that a sentence names
 
@@ -46,6 +47,7 @@ class Nvfp4:
     left: Mapping[str, int]
     borrowed: tuple[str, ...]
     corpus: str = ""  # hash of what was observed
+    observed: StatisticsMeta | None = None
     kld: KldEntry | None = None
     against: str = ""
 
@@ -113,6 +115,15 @@ def cost_rows(one: Nvfp4) -> Table | None:
 def nvfp4_method(one: Nvfp4) -> tuple[tuple[str, str], ...]:
     """How it was made, as pairs."""
     rows = [("NVFP4", "; ".join(f"{word} {what}" for word, what in one.asked.items()))]
+    if (meta := one.observed) is not None:
+        rows.append(
+            (
+                "Scales were told by",
+                f"{count(len(meta.questions))} items, {count(meta.tokens)} tokens, at most "
+                f"{count(meta.max_tokens_per_item)} of each ({count(meta.truncated_items)} were longer); BOS by "
+                f"{meta.bos_policy}; observed in {meta.dtype}",
+            )
+        )
     rows += [("Linears that stay", f"{count(number)}: {why}") for why, number in one.left.items()]
     if one.borrowed:
         named = ", ".join(one.borrowed[:_NAMED]) + (", …" if len(one.borrowed) > _NAMED else "")
