@@ -48,8 +48,9 @@ def kld(
 ) -> None:
     """KL divergence of candidates from a base, streamed, no logits on disk.
 
-    BASE and each CANDIDATE are checkpoint folders or GGUF files; llama.cpp runs the latter. Token ids are made once, by
-    the base's own tokenizer, and both sides get the same.
+    BASE and each CANDIDATE are checkpoint folders or GGUF files; llama.cpp runs the latter. NVFP4 folders run as they
+    are, in either layout, with their activations and caches rounded where they say so. Token ids are made once, by the
+    base's own tokenizer, and both sides get the same.
     """
     import contextlib
 
