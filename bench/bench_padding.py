@@ -13,7 +13,6 @@ looked at; ratios are paired, with 95 % intervals from a bootstrap over chunks.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 import time
@@ -25,14 +24,15 @@ from typing import Any
 
 import torch
 
-from bench_gguf_mix import estimate, export, prepare
-from bench_heads import unseen
+from bench_gguf_mix import export, prepare
 from gemcut import exporting, mixing
 from gemcut.checkpoint import open_checkpoint
 from gemcut.evaluate.kld import KldSettings, kld_chunks
 from gemcut.export.layout import layout_of
 from gemcut.ggml.types import GgmlType
 from gemcut.gguf_file import open_gguf
+from rows import Line, interval, row, show, spell
+from texts import unseen
 
 STOCK = ("Q4_K_M", "Q3_K_M", "IQ3_XXS", "Q2_K", "IQ2_M")
 
@@ -54,26 +54,26 @@ def measure(model: Path, folder: Path, tokens: int, curvature_tokens: int) -> di
     print(f"{len(files)} files written", file=sys.stderr)
     texts = unseen(model, tokens)
     chunks = kld_chunks(base, [open_gguf(path) for path in files], texts, KldSettings(threads=1))
-    n, rows, weights = len(STOCK), [], sum(prod(tensor.shape) for tensor in layout_of(base).tensors)
+    n, files_of, weights = len(STOCK), [], sum(prod(tensor.shape) for tensor in layout_of(base).tensors)
     for i, name in enumerate(STOCK):
         solutions = [found[i].solution for found in mixes]
-        rows.append(
+        files_of.append(
             {
                 "stock": name,
                 "bytes": sizes[i],
                 "bpw": 8 * sizes[i] / weights,
                 "padded_bytes": sizes[n + i],
-                "kld": [estimate(chunks.mean(k * n + i)) for k in range(4)],
+                "kld": [interval(chunks.mean(k * n + i)) for k in range(4)],
                 "expected": [one.damage for one in solutions],
                 "solved_bytes": [one.size_bytes for one in solutions],
                 "least_bytes": [one.least_bytes for one in solutions],
-                "stock_ratio": estimate(chunks.ratio(n + i, i)),
-                "solved_ratio": estimate(chunks.ratio(3 * n + i, 2 * n + i)),
+                "stock_ratio": interval(chunks.ratio(n + i, i)),
+                "solved_ratio": interval(chunks.ratio(3 * n + i, 2 * n + i)),
                 "expected_ratio": solutions[1].damage / solutions[0].damage,
                 "down": [_kinds(one.types) for one in solutions],
             }
         )
-    return {"tokens": int(chunks.tokens.sum()), "chunks": len(chunks.tokens), "seconds": seconds, "files": rows}
+    return {"tokens": int(chunks.tokens.sum()), "chunks": len(chunks.tokens), "seconds": seconds, "files": files_of}
 
 
 def _kinds(types: Mapping[str, GgmlType]) -> list[str]:
@@ -81,23 +81,19 @@ def _kinds(types: Mapping[str, GgmlType]) -> list[str]:
     return [kind.name for name, kind in types.items() if "ffn_down_exps.weight" in name]
 
 
-def rows(found: dict[str, Any]) -> Iterator[dict[str, str]]:
-    """Lines for the page of figures."""
-
-    def share(one: dict[str, float]) -> str:
-        return f"{one['value']:.3f} [{one['low']:.3f}, {one['high']:.3f}]"
-
+def lines(found: dict[str, Any]) -> Iterator[Line]:
+    """For the page of figures."""
     many = f"n = {found['chunks']} chunks, {found['tokens']:,} tokens"
-    for row in found["files"]:
-        klds = [one["value"] for one in row["kld"]]
-        yield {
-            "what": f"experts of 704, padded, {row['stock']}: share of the KLD without padding",
-            "target": "",
-            "measured": f"solved for {row['bytes']:,} bytes ({row['bpw']:.2f} bits): {share(row['solved_ratio'])}, KLD "
-            f"{klds[3]:.5f} against {klds[2]:.5f}, expected {row['expected_ratio']:.3f}; stock mix "
-            f"{row['padded_bytes'] / row['bytes']:.3f} × as large: {share(row['stock_ratio'])}, KLD {klds[1]:.5f} "
+    for one in found["files"]:
+        klds = [kld["value"] for kld in one["kld"]]
+        yield row(
+            f"experts of 704, padded, {one['stock']}: share of the KLD without padding",
+            "",
+            f"solved for {one['bytes']:,} bytes ({one['bpw']:.2f} bits): {spell(one['solved_ratio'])}, KLD "
+            f"{klds[3]:.5f} against {klds[2]:.5f}, expected {one['expected_ratio']:.3f}; stock mix "
+            f"{one['padded_bytes'] / one['bytes']:.3f} × as large: {spell(one['stock_ratio'])}, KLD {klds[1]:.5f} "
             f"against {klds[0]:.5f}; {many}",
-        }
+        )
 
 
 def main() -> None:
@@ -111,12 +107,7 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch:
         found = measure(asked.model, asked.work or Path(scratch), asked.tokens, asked.curvature_tokens)
-    told = list(rows(found))
-    if asked.json:
-        print(json.dumps({"rows": told, "padding": found}))
-        return
-    for row in told:
-        print(f"{row['what']}\n    {row['measured']}")
+    show({"rows": list(lines(found)), "padding": found}, as_json=asked.json)
 
 
 if __name__ == "__main__":
