@@ -56,7 +56,8 @@ EXAMPLES = {
     "canary": "gemcut canary demo:dense small --base-answers answers.json -o canary",
     "run": "gemcut run gemma4-26b-98e --set observe.corpus=my.jsonl --set kld.corpus=heldout.jsonl --dry-run",
     "list": "gemcut list criteria",
-    "show": "gemcut show gemma4-26b-98e\ngemcut show schema",
+    "show": "gemcut show gemma4-26b-98e\ngemcut show schema\n"
+    "gemcut show nvfp4 --drafter demo:moe-drafter --context 1024",
     "doctor": "gemcut doctor",
 }
 
