@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from gemcut.checkpoint.read import Checkpoint
 from gemcut.families.base import COMPONENTS
-from gemcut.nvfp4.layout import NAMES, Layout, Scheme, is_nvfp4, read_config
+from gemcut.nvfp4.choices import Layout, Scheme
+from gemcut.nvfp4.layout import NAMES, is_nvfp4, read_config
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,10 +20,7 @@ from gemcut import __version__
 from gemcut.checkpoint.made import new_tensor
 from gemcut.errors import CheckpointError, UsageError
 from gemcut.families.linears import Matrix
-from gemcut.nvfp4.choices import LAYOUTS
-from gemcut.nvfp4.choices import KvCache as KvCache
-from gemcut.nvfp4.choices import Layout as Layout
-from gemcut.nvfp4.choices import Scheme as Scheme
+from gemcut.nvfp4.choices import LAYOUTS, Layout, Scheme
 from gemcut.types import Json, TensorRef
 
 QUANTIZATION = "quantization_config"  # in config.json

@@ -13,8 +13,9 @@ from gemcut.checkpoint.read import Checkpoint
 from gemcut.checkpoint.values import decode
 from gemcut.errors import CheckpointError
 from gemcut.families.linears import LinearGroup, Matrix
+from gemcut.nvfp4.choices import Layout
 from gemcut.nvfp4.decode import dequantise
-from gemcut.nvfp4.layout import NAMES, Layout, Told, cache_tensors, read_config, tensors_of
+from gemcut.nvfp4.layout import NAMES, Told, cache_tensors, read_config, tensors_of
 from gemcut.types import F32, TensorRef
 
 _GROUP = 16

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 
 from gemcut.checkpoint import Checkpoint
 from gemcut.errors import CheckpointError, UsageError
-from gemcut.nvfp4.layout import Layout, Scheme, Told, read_config
+from gemcut.nvfp4.choices import Layout, Scheme
+from gemcut.nvfp4.layout import Told, read_config
 from gemcut.types import Json
 
 MINIMUM_VLLM = "0.28.0"

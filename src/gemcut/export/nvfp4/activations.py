@@ -23,8 +23,7 @@ from gemcut.checkpoint import Checkpoint
 from gemcut.errors import CheckpointError, QualityError
 from gemcut.export.imatrix.starved import STARVED_SHARE, starved_units
 from gemcut.families.linears import LinearGroup
-from gemcut.nvfp4.choices import MAX_BORROWED
-from gemcut.nvfp4.choices import ActivationRule as ActivationRule
+from gemcut.nvfp4.choices import MAX_BORROWED, ActivationRule
 from gemcut.records import StatisticsIndex, load_index_of
 from gemcut.records.linears import LinearSums, load_linears
 from gemcut.types import F64

@@ -18,7 +18,8 @@ from gemcut.checkpoint import Checkpoint
 from gemcut.checkpoint.made import Made
 from gemcut.checkpoint.values import decode
 from gemcut.errors import CheckpointError, QualityError, UsageError
-from gemcut.nvfp4.layout import KvCache, Layout, cache_tensors
+from gemcut.nvfp4.choices import KvCache, Layout
+from gemcut.nvfp4.layout import cache_tensors
 from gemcut.records import load_index_of
 from gemcut.records.cache import CachePeaks, load_cache_peaks
 

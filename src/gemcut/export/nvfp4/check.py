@@ -24,18 +24,9 @@ from gemcut.errors import CheckpointError
 from gemcut.export.nvfp4.record import CONVERTED, RECORD
 from gemcut.export.nvfp4.served import check_served
 from gemcut.families.linears import LinearGroup, Matrix
+from gemcut.nvfp4.choices import Layout, Scheme
 from gemcut.nvfp4.decode import E4M3, dequantise
-from gemcut.nvfp4.layout import (
-    HEADS_KEY,
-    NAMES,
-    QUANTIZATION,
-    Layout,
-    Scheme,
-    Told,
-    cache_tensors,
-    read_config,
-    tensors_of,
-)
+from gemcut.nvfp4.layout import HEADS_KEY, NAMES, QUANTIZATION, Told, cache_tensors, read_config, tensors_of
 from gemcut.nvfp4.plain import divisor
 from gemcut.store import read_json, sha256_file
 from gemcut.types import DTYPE_BYTES, F64, TensorRef

@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from gemcut.checkpoint import Checkpoint
 from gemcut.errors import UsageError
 from gemcut.families.linears import LinearGroup, LinearPart, Linears
-from gemcut.nvfp4.choices import Narrow
-from gemcut.nvfp4.choices import Targets as Targets
+from gemcut.nvfp4.choices import Narrow, Targets
 
 _PARTS: Mapping[Targets, tuple[LinearPart, ...]] = {
     "mlp": ("mlp",),

@@ -17,11 +17,11 @@ from gemcut.errors import CheckpointError, UsageError
 from gemcut.export.nvfp4.choice import exclude_wildcards, ignore_patterns
 from gemcut.export.nvfp4.record import CONVERTED, RECORD
 from gemcut.export.nvfp4.served import check_served
+from gemcut.nvfp4.choices import Layout
 from gemcut.nvfp4.layout import (
     HF_QUANT,
     NAMES,
     RECIPE,
-    Layout,
     Names,
     Told,
     config_with,

@@ -20,9 +20,10 @@ from gemcut.checkpoint.made import Made
 from gemcut.errors import CheckpointError
 from gemcut.export.nvfp4.activations import GroupInput, Key, Observed
 from gemcut.export.nvfp4.codec import Coded, encode, global_scale, magnitudes
-from gemcut.export.nvfp4.scales import Method, block_scales, column_weights
+from gemcut.export.nvfp4.scales import block_scales, column_weights
 from gemcut.families.linears import LinearGroup, Matrix
-from gemcut.nvfp4.layout import NAMES, Layout, Scheme, tensors_of
+from gemcut.nvfp4.choices import Layout, Method, Scheme
+from gemcut.nvfp4.layout import NAMES, tensors_of
 from gemcut.types import DTYPE_BYTES
 
 T = TypeVar("T")

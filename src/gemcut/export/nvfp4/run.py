@@ -15,25 +15,14 @@ from gemcut.checkpoint.made import Made
 from gemcut.checkpoint.read import Progress
 from gemcut.checkpoint.write import lay_out_shards
 from gemcut.errors import UsageError
-from gemcut.export.nvfp4.activations import ActivationRule, Observed, gate, observed
+from gemcut.export.nvfp4.activations import Observed, gate, observed
 from gemcut.export.nvfp4.cache import cache_scales
-from gemcut.export.nvfp4.choice import Choice, Targets, choose, exclude_wildcards
+from gemcut.export.nvfp4.choice import Choice, choose, exclude_wildcards
 from gemcut.export.nvfp4.quantise import Quantiser
 from gemcut.export.nvfp4.record import RECORD, Origin, record_json
-from gemcut.export.nvfp4.scales import Method
 from gemcut.export.nvfp4.served import check_served
-from gemcut.nvfp4.choices import MAX_BORROWED
-from gemcut.nvfp4.layout import (
-    HF_QUANT,
-    RECIPE,
-    KvCache,
-    Layout,
-    Scheme,
-    config_with,
-    hf_quant_config,
-    recipe_text,
-    refuse_quantised,
-)
+from gemcut.nvfp4.choices import MAX_BORROWED, ActivationRule, KvCache, Layout, Method, Scheme, Targets
+from gemcut.nvfp4.layout import HF_QUANT, RECIPE, config_with, hf_quant_config, recipe_text, refuse_quantised
 from gemcut.records import StatisticsIndex, load_index_of
 from gemcut.store import free_bytes, need_disk
 from gemcut.stream.devices import check_device

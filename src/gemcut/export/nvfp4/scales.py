@@ -30,7 +30,7 @@ from gemcut.export.nvfp4.codec import (
     round_into,
     to_fp8,
 )
-from gemcut.nvfp4.choices import Method as Method
+from gemcut.nvfp4.choices import Method
 from gemcut.types import F64
 
 # Places from the e4m3 number of minmax, eight to an octave; of equal losses the one nearest to it is taken.
