@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -156,3 +161,30 @@ def test_tensors_of_any_size_are_swept_alike(largest: float) -> None:
     found, _ = chosen(there, "sweep")
     relative = found.sum() / (there.double() ** 2).sum().item()
     assert relative == pytest.approx(small.sum() / (weights**2).sum().item(), rel=0.02)
+
+
+def digest() -> str:
+    """Of codes and scales by every method, and of what is said of their errors."""
+    drawn = np.random.default_rng(12).standard_normal((64, 256), dtype=np.float32)
+    columns = column_weights(np.random.default_rng(13).random(256))
+    found = hashlib.sha256()
+    for dtype in (torch.bfloat16, torch.float32):
+        weights = torch.from_numpy(drawn).to(dtype)
+        scale = global_scale(float(weights.abs().max()))
+        for method in METHODS:
+            coded = encode(weights, block_scales(weights, scale, method, columns), scale)
+            found.update(coded.packed.numpy().tobytes() + coded.scales.view(torch.uint8).numpy().tobytes())
+            found.update(repr((coded.squared_error, coded.squared_norm)).encode())
+    return found.hexdigest()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processor", ["default", "avx2"])
+def test_other_processors_write_the_same_bytes(processor: str) -> None:
+    if torch.backends.cpu.get_cpu_capability() == "DEFAULT":
+        pytest.skip("this processor has nothing to leave away")
+    command = [sys.executable, "-c", f"import {__name__} as test; print(test.digest())"]
+    path = os.pathsep.join(each for each in sys.path if each)
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": processor, "PYTHONPATH": path}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == digest()
