@@ -21,7 +21,7 @@ from gemcut.export.nvfp4.choice import Choice, choose, exclude_wildcards
 from gemcut.export.nvfp4.quantise import Quantiser
 from gemcut.export.nvfp4.record import RECORD, Origin, record_json
 from gemcut.export.nvfp4.served import check_served
-from gemcut.nvfp4.choices import MAX_BORROWED, ActivationRule, KvCache, Layout, Method, Scheme, Targets
+from gemcut.nvfp4.choices import MAX_BORROWED, ActivationRule, KvCache, Layout, Method, Narrow, Scheme, Targets
 from gemcut.nvfp4.layout import HF_QUANT, RECIPE, config_with, hf_quant_config, recipe_text, refuse_quantised
 from gemcut.records import StatisticsIndex, load_index_of
 from gemcut.store import free_bytes, need_disk
@@ -47,7 +47,7 @@ class Settings:
     activations: ActivationRule = "max"
     kv: KvCache = "none"
     ignore: tuple[str, ...] = ()
-    narrow: Literal["keep", "refuse"] = "keep"
+    narrow: Narrow = "keep"
     device: str = "cpu"
     max_borrowed: float = MAX_BORROWED
     threads: int = 1
