@@ -6,8 +6,9 @@
 FOLDER holds experts 704 wide, as 26B-A4B's. Their down-projections fit no block of 256, so that without padding no type
 below 4.25 bits fits them; with it they, gate and up are stored 768 wide. For each file type there are four files: the
 stock mix without and with padding, which differ in size, and the mixes that the size solver finds for the size of the
-stock mix without padding, without and with it. All have the same importances and run on held-out texts that nobody
-looked at; ratios are paired, with 95 % intervals from a bootstrap over chunks.
+stock mix without padding, without and with it. A padded stock mix is also held against the unpadded one nearest to it
+in size. All have the same importances and run on held-out texts that nobody looked at; ratios are paired, with 95 %
+intervals from a bootstrap over chunks.
 """
 
 from __future__ import annotations
@@ -34,12 +35,14 @@ from gemcut.gguf_file import open_gguf
 from rows import Line, interval, row, show, spell
 from texts import unseen
 
-STOCK = ("Q4_K_M", "Q3_K_M", "IQ3_XXS", "Q2_K", "IQ2_M")
+STOCK = ("Q4_K_M", "Q3_K_M", "IQ3_XXS", "Q2_K", "IQ2_M", "IQ2_XXS")
 
 
 def measure(model: Path, folder: Path, tokens: int, curvature_tokens: int) -> dict[str, Any]:
     base = open_checkpoint(model)
-    imatrix, curved, seconds = prepare(base, folder, curvature_tokens)
+    imatrix, curved, seconds = folder / "imatrix.gguf", folder / "curvature", dict[str, float]()
+    if not curved.exists():
+        imatrix, curved, seconds = prepare(base, folder, curvature_tokens)
     words = exporting.GgufWords(STOCK, imatrix)
     files, _ = export(base, words, folder / "stock")
     files += export(base, replace(words, pad_experts=True), folder / "stock")[0]
@@ -56,6 +59,7 @@ def measure(model: Path, folder: Path, tokens: int, curvature_tokens: int) -> di
     chunks = kld_chunks(base, [open_gguf(path) for path in files], texts, KldSettings(threads=1))
     n, files_of, weights = len(STOCK), [], sum(prod(tensor.shape) for tensor in layout_of(base).tensors)
     for i, name in enumerate(STOCK):
+        near = min(range(n), key=lambda k, size=sizes[n + i]: abs(sizes[k] - size))
         solutions = [found[i].solution for found in mixes]
         files_of.append(
             {
@@ -68,6 +72,9 @@ def measure(model: Path, folder: Path, tokens: int, curvature_tokens: int) -> di
                 "solved_bytes": [one.size_bytes for one in solutions],
                 "least_bytes": [one.least_bytes for one in solutions],
                 "stock_ratio": interval(chunks.ratio(n + i, i)),
+                "near": STOCK[near],
+                "near_bytes": sizes[near],
+                "near_ratio": interval(chunks.ratio(n + i, near)),
                 "solved_ratio": interval(chunks.ratio(3 * n + i, 2 * n + i)),
                 "expected_ratio": solutions[1].damage / solutions[0].damage,
                 "down": [_kinds(one.types) for one in solutions],
@@ -92,7 +99,8 @@ def lines(found: dict[str, Any]) -> Iterator[Line]:
             f"solved for {one['bytes']:,} bytes ({one['bpw']:.2f} bits): {spell(one['solved_ratio'])}, KLD "
             f"{klds[3]:.5f} against {klds[2]:.5f}, expected {one['expected_ratio']:.3f}; stock mix "
             f"{one['padded_bytes'] / one['bytes']:.3f} × as large: {spell(one['stock_ratio'])}, KLD {klds[1]:.5f} "
-            f"against {klds[0]:.5f}; {many}",
+            f"against {klds[0]:.5f}; {one['padded_bytes'] / one['near_bytes']:.3f} × as large as {one['near']} "
+            f"without: {spell(one['near_ratio'])}; {many}",
         )
 
 
@@ -102,7 +110,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--tokens", type=int, default=16384)
     parser.add_argument("--curvature-tokens", type=int, default=12000)
-    parser.add_argument("--work", type=Path, help="keep statistics, damages and files there")
+    parser.add_argument("--work", type=Path, help="keep statistics, damages and files there, and take what is there")
     asked = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch:

@@ -118,14 +118,25 @@ def test_the_map_of_bits_counts_no_zeros(model: Checkpoint, layout: GgufLayout, 
     ]
 
 
-def test_small_types_fit_and_what_that_saves() -> None:
+@pytest.fixture(scope="module")
+def wide() -> GgufLayout:
     """The expert width of the real model: 704."""
     plain = golden("26B-A4B")
     roles = {name: name.split(".")[-2] for name in (t.name for t in plain.tensors) if name.endswith(".weight")}
     tensors = tuple(replace(t, role=roles.get(t.name, "")) for t in plain.tensors)
-    metadata = {"gemma4.expert_feed_forward_length": Value("u32", 704)}
-    plain = replace(plain, tensors=tensors, metadata=metadata)
-    padded = pad_experts(plain)
+    return replace(plain, tensors=tensors, metadata={"gemma4.expert_feed_forward_length": Value("u32", 704)})
+
+
+def test_a_size_out_of_reach_names_padding_where_few_zeros_would_do(wide: GgufLayout, layout: GgufLayout) -> None:
+    for one, said in ((wide, True), (pad_experts(wide), False), (layout, False), (golden("31B"), False)):
+        damages = {(tensor.name, GgmlType.Q8_0): 1.0 for tensor in one.tensors if quantisable(tensor)}
+        with pytest.raises(UsageError) as refused:
+            solve(one, damages, 1000)
+        assert ("padded experts" in str(refused.value.hint)) == said
+
+
+def test_small_types_fit_and_what_that_saves(wide: GgufLayout) -> None:
+    plain, padded = wide, pad_experts(wide)
     shares = {}
     for name in ("IQ2_M", "IQ2_XS", "Q4_K_M", "IQ4_XS"):
         before, after = (file_size(0, stock_types(name, one, imatrix=True), one).size_bytes for one in (plain, padded))

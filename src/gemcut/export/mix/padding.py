@@ -49,6 +49,12 @@ def pad_experts(layout: GgufLayout, *, multiple: int = MULTIPLE) -> GgufLayout:
     return replace(layout, tensors=tensors, metadata={**metadata, UNPADDED_KEY: Value("u32", width)})
 
 
+def would_pad(layout: GgufLayout) -> bool:
+    """Whether there are experts whose rows no block of 256 divides, and that few zeros would make so."""
+    widths = {tensor.shape[-1] for tensor in layout.tensors if tensor.role == _DOWN}
+    return any(0 < -width % MULTIPLE <= width // 4 for width in widths)
+
+
 def _grow(tensor: GgufTensor, width: int, wide: int) -> GgufTensor:
     if tensor.role == _GATE_UP:
         experts, rows, columns = tensor.shape

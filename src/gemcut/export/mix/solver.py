@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from gemcut.errors import UsageError
+from gemcut.export.mix.padding import would_pad
 from gemcut.export.mix.shapes import quantisable, unquantised_type
 from gemcut.export.mix.sizes import stored_bytes
 from gemcut.families.gguf import GgufLayout
@@ -90,7 +91,9 @@ def solve(
             "no mix of these types is so small",
             got=f"a budget of {budget_bytes} bytes",
             wanted=f"at least {least} bytes ({least / 2**20:,.1f} MiB)",
-            hint="a larger size, smaller types (they need an importance matrix), or a smaller model",
+            hint="a larger size, smaller types (they need an importance matrix), "
+            + ("padded experts (they take smaller types), " if would_pad(layout) else "")
+            + "or a smaller model",
         )
     taken, price = _by_price(choices, budget_bytes - base)
     _exchange(choices, taken, budget_bytes - base)
