@@ -106,8 +106,8 @@ def lines(found: Mapping[str, Any]) -> Iterator[Line]:
             ]
             yield row(
                 f"demo/{name}, {scheme}, {targets}: KLD from BF16 in nats, and that of other choices as a share of it",
-                "all ≥ 1",
-                f"{spell(default['kld'], '.4f')} ({DEFAULT}); {', '.join(others)}; n = {one['chunks']} items, "
+                "no interval below 1",
+                f"{spell(default['kld'], '.5f')} ({DEFAULT}); {', '.join(others)}; n = {one['chunks']} items, "
                 f"{one['tokens']:,} tokens, {one['dtype']}",
             )
 
@@ -120,7 +120,7 @@ def lines_of_cache(found: Mapping[str, Any]) -> Iterator[Line]:
         yield row(
             f"demo/{name}, {without['scheme']}, {without['targets']}: KLD with an FP8 cache as a share of that without",
             "",
-            f"{said}; {spell(without['kld'], '.4f')} nats without; n = {one['chunks']} items, {one['tokens']:,} tokens",
+            f"{said}; {spell(without['kld'], '.5f')} nats without; n = {one['chunks']} items, {one['tokens']:,} tokens",
         )
 
 

@@ -126,6 +126,11 @@ CHAPTERS = {
                 ("bench_nvfp4.py", "rival", f"{RIVAL}/bin/python"),
                 f"llm-compressor with its defaults, from the same samples. {_TRUNKS} items or matrices.",
             ),
+            "nvfp4-kld": Bench(
+                ("bench_nvfp4_kld.py", "scales"),
+                f"Block scales `weighted` and activations by `max` are the defaults. {_TRUNKS} items.",
+            ),
+            "nvfp4-cache": Bench(("bench_nvfp4_kld.py", "cache"), f"{_TRUNKS} items."),
         },
     ),
 }
