@@ -30,7 +30,6 @@ from golden_gguf import TYPES, digests, made_imatrix, payload_digest, possible, 
 from rows import row, show  # noqa: E402
 from texts import DEMO  # noqa: E402
 
-HOW = {"plain": "without", "imatrix": "with"}
 OURS = ("gemcut.", "quantize.imatrix.file")  # keys that only gemcut writes, or writes without the folder
 
 
@@ -114,8 +113,8 @@ def main() -> int:
             found, bad = compare(open_checkpoint(folder), args.source, args.binaries, args.types, Path(work))
         results[folder.name] = found
         wrong += bad
-        files = " and ".join(f"{len(types)} {HOW[how]} importances" for how, types in found.items())
-        rows.append(row(f"{folder.name}: files that differ from converter + llama-quantize", "0", f"{bad}; {files}"))
+        files = f"of {len(found['plain'])} without and {len(found['imatrix'])} with importances"
+        rows.append(row(f"{folder.name}: files that differ from converter + llama-quantize", "0", f"{bad} {files}"))
     show({"rows": rows, "digests": results}, as_json=args.json)
     if args.golden and not wrong:
         args.golden.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
