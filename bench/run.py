@@ -108,6 +108,10 @@ CHAPTERS = {
             "gguf-kld": Bench(("bench_gguf_kld.py", TOOLS), "Against the trunk itself in F32, on the same chunks."),
             "imatrix": Bench(("bench_imatrix.py", TOOLS), "From one text, the same tokens on both sides."),
             "imatrix-auto": Bench(("bench_imatrix_auto.py",), f"{_TRUNKS} items."),
+            "imatrix-auto-all": Bench(
+                ("bench_imatrix_auto.py", "--types", "IQ2_M", "--tokens", "60000"),
+                "The same files, on all the text that nobody looked at.",
+            ),
             "mix": Bench(("bench_gguf_mix.py",), f"{_TRUNKS} chunks."),
             "padding": Bench(("bench_padding.py", "--model", WIDE)),
             "gguf-nvfp4": Bench(("bench_nvfp4_gguf.py", "bytes", SOURCE)),
