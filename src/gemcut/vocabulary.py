@@ -245,7 +245,9 @@ class GgufWords(Words):
         default=(), description="types of the vision tower's files"
     )
     drafter: DrafterWords | None = None
-    pad_experts: bool = Field(default=False, description="experts as wide as blocks of 256, by zeros")
+    pad_experts: bool = Field(
+        default=False, description="experts as wide as blocks of 256, by zeros; pays below 3.5 bits a weight"
+    )
     max_shard_size: Size | None = Field(default=None, description="split files into parts of at most this")
     threads: int | None = Field(default=None, gt=0, description="that quantise; one for each core by default")
 

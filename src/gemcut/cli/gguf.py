@@ -56,7 +56,11 @@ if TYPE_CHECKING:
 @click.option("--drafter", metavar="MODEL", help="Write this drafter's Q8_0 file, too.")
 @click.option("--plan", "plan_file", type=click.Path(), help="Cut on the way; heads may differ from layer to layer.")
 @click.option("--heal", type=click.Path(), help="With --plan: a folder of gemcut heal, what it refitted goes in.")
-@click.option("--pad-experts", is_flag=True, help="Experts as wide as blocks of 256, by zeros: smaller types fit.")
+@click.option(
+    "--pad-experts",
+    is_flag=True,
+    help="Experts as wide as blocks of 256, by zeros: smaller types fit. Pays below 3.5 bits a weight, costs above 4.",
+)
 @click.option("--threads", type=click.IntRange(min=1), help="Threads that quantise; by default one for each core.")
 @click.option("--max-shard-size", type=ByteSize(), help="Split files into parts of at most this, as 2GiB or 4GB.")
 @options.force
