@@ -228,7 +228,7 @@ def quantised(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def changed(folder: Path, out: Path, drop: str | None = None, copy: tuple[str, str] | None = None) -> Path:
-    """Without the tensors whose names hold `drop`; the first tensor that holds `copy[0]` once more, under another name."""
+    """Without the tensors whose names hold `drop`; those that hold `copy[0]` once more, with `copy[1]` there."""
     shutil.copytree(folder, out)
     state = load_file(out / "model.safetensors")
     kept = {name: tensor for name, tensor in state.items() if drop is None or drop not in name}
