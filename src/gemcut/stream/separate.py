@@ -11,7 +11,7 @@ import contextlib
 import importlib
 import itertools
 import threading
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
@@ -39,7 +39,7 @@ class SeparateExperts(nn.ModuleList):
     def __init__(self, facts: ExpertModule, config: Any) -> None:
         hidden, inner = int(getattr(config, facts.hidden)), int(getattr(config, facts.inner))
         super().__init__(_Expert(hidden, inner) for _ in range(int(getattr(config, facts.experts))))
-        self.activation = ACT2FN[getattr(config, facts.activation)]
+        self.__dict__["activation"] = ACT2FN[getattr(config, facts.activation)]  # a module, but none of the list
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -53,12 +53,13 @@ class SeparateExperts(nn.ModuleList):
         """
         out = torch.zeros_like(hidden_states)
         by_rank = top_k_index.t()  # [k, T]
+        act: Callable[[torch.Tensor], torch.Tensor] = self.__dict__["activation"]
         for e in by_rank.unique().tolist():
             if e >= len(self):
                 continue
             rank, token = torch.where(by_rank == e)
             x, expert = hidden_states[token], self[e]
-            y = expert.down_proj(self.activation(expert.gate_proj(x)) * expert.up_proj(x))
+            y = expert.down_proj(act(expert.gate_proj(x)) * expert.up_proj(x))
             out.index_add_(0, token, (y * top_k_weights[token, rank, None]).to(out.dtype))
         return out
 
