@@ -1,7 +1,7 @@
 """Whether experts padded to blocks of 256 pay: KLD at equal size, with and without --pad-experts.
 
     python bench/wide_experts.py --rows ROWS --out FOLDER
-    python bench/bench_padding.py --model FOLDER [--json] [--tokens 16384 --curvature-tokens 12000] [--work DIR]
+    python bench/bench_padding.py --model FOLDER [--json] [--tokens 12288 --curvature-tokens 8000] [--work DIR]
 
 FOLDER holds experts 704 wide, as 26B-A4B's. Their down-projections fit no block of 256, so that without padding no type
 below 4.25 bits fits them; with it they, gate and up are stored 768 wide. For each file type there are four files: the
@@ -108,8 +108,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--json", action="store_true")
-    parser.add_argument("--tokens", type=int, default=16384)
-    parser.add_argument("--curvature-tokens", type=int, default=12000)
+    parser.add_argument("--tokens", type=int, default=12288)
+    parser.add_argument("--curvature-tokens", type=int, default=8000)
     parser.add_argument("--work", type=Path, help="keep statistics, damages and files there, and take what is there")
     asked = parser.parse_args()
     torch.set_num_threads(1)
