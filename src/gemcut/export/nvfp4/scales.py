@@ -3,9 +3,9 @@
 minmax         s = e4m3(G · a / 6): the largest value a of the block lands on 6
 four_over_six  the better of that and e4m3(G · a / 4); Four Over Six, arXiv:2512.02010
 sweep          the best of the e4m3 numbers around it, Σ (w' − w)² over the block; ScaleSweep, arXiv:2606.07618
-weighted       the same with Σ m·(w' − w)², m = E[a²] of the weight's input column
+weighted       the same with Σ m·(w' − w)², m = √E[a²] of the weight's input column
 
-Scales above 6 / a clip, scales below it leave codes unused: both can lose less, since the steps of E2M1 are uneven.
+E[a²] itself would trust the few tokens of an expert too far. Scales above 6 / a clip, scales below it leave codes unused: both can lose less, since the steps of E2M1 are uneven.
 
 A magnitude has 15 bits in BF16, so what it loses under each of sixteen scales is looked up: a row of a table for every
 magnitude near a block's largest, and one sum of sixteen rows for every block. Losses are whole numbers so small that a
@@ -78,11 +78,14 @@ def block_scales(tile: torch.Tensor, scale: float, method: Method, weights: torc
 
 
 def column_weights(mean_squares: F64) -> torch.Tensor:
-    """E[a²] of every input column [F] → whole numbers as float32 [F], at least 1, that sum to at most 4096 in a block.
+    """√E[a²] of every input column [F] → whole numbers as float32 [F], at least 1, that sum to at most 4096 in a block.
 
     Only their ratios within a block matter. Blocks where nothing was ever seen weigh all their columns alike.
+
+    Args:
+        mean_squares: E[a²] [F].
     """
-    blocks = mean_squares.reshape(-1, GROUP)
+    blocks = np.sqrt(mean_squares).reshape(-1, GROUP)
     total = blocks.sum(1, keepdims=True)
     share = np.divide(blocks, total, out=np.full_like(blocks, 1 / GROUP), where=total > 0)
     return torch.from_numpy((1 + np.floor(share * (_WEIGHT - GROUP))).astype(np.float32).reshape(-1))
