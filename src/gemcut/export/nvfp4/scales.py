@@ -5,7 +5,8 @@ four_over_six  the better of that and e4m3(G · a / 4); Four Over Six, arXiv:251
 sweep          the best of the e4m3 numbers around it, Σ (w' − w)² over the block; ScaleSweep, arXiv:2606.07618
 weighted       the same with Σ m·(w' − w)², m = √E[a²] of the weight's input column
 
-E[a²] itself would trust the few tokens of an expert too far. Scales above 6 / a clip, scales below it leave codes unused: both can lose less, since the steps of E2M1 are uneven.
+E[a²] itself would trust the few tokens of an expert too far. Scales above 6 / a clip, scales below it leave codes
+unused: both can lose less, since the steps of E2M1 are uneven.
 
 A magnitude has 15 bits in BF16, so what it loses under each of sixteen scales is looked up: a row of a table for every
 magnitude near a block's largest, and one sum of sixteen rows for every block. Losses are whole numbers so small that a
