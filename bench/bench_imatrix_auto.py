@@ -28,7 +28,9 @@ from gemcut.gguf_file import open_gguf
 from rows import Line, interval, row, show, spell
 from texts import CALIBRATION, DEMO, unseen
 
-TYPES = ("IQ2_M", "Q2_K", "Q3_K_M", "Q4_K_M")
+TYPES = (
+    "IQ2_XXS", "IQ2_M", "Q2_K", "IQ3_XXS", "IQ3_M", "Q3_K_M", "IQ4_XS", "Q4_K_M", "Q5_K_M", "Q6_K",
+)  # fmt: skip
 TARGET = {"IQ2_M": 0.95}
 STARVED = 5  # exit code of an importance matrix that is written, with too many starved experts
 
