@@ -197,7 +197,7 @@ def _plan_model(
     importances: Importances | None = imatrix
     stem, planned, suffix = file_stem(checkpoint), [], ""
     if words.pad_experts:
-        layout, suffix = padding.pad_experts(layout), "-padded"
+        layout, suffix = padding.pad_experts(layout), padding.SUFFIX
         importances = None if imatrix is None else padding.PaddedImportances.of(imatrix, layout)
     files = _Files(checkpoint, library, words, imatrix, importances)
     for asked in dict.fromkeys(name.strip().upper() for name in words.types):

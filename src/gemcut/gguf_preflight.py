@@ -14,11 +14,9 @@ import numpy as np
 
 from gemcut import exporting, gguf_stages, imatrices, machine, mixing, models, stages
 from gemcut.checkpoint import Checkpoint
-from gemcut.errors import UsageError
 from gemcut.export.imatrix import presumed, wants_importance
 from gemcut.export.layout import layout_of
-from gemcut.export.mix import measure, shapes
-from gemcut.export.mix.sizes import stored_bytes
+from gemcut.export.mix import measure, overrides, padding, shapes
 from gemcut.exporting import FileCost
 from gemcut.families.gguf import GgufLayout
 from gemcut.ggml.library import Library, load
@@ -101,41 +99,20 @@ def file_costs(model: Checkpoint, layout: GgufLayout, words: GgufWords, library:
     if words.mmproj:
         exports = exporting.plan_export(model, exporting.GgufWords((), projectors=words.mmproj), library)
         found += exporting.costs_of(exports)
-    budgets = [(mixing.size_name(size), size) for size in gguf_stages.sizes(words)]
-    for card in gguf_stages.cards(model, words, drafter_bytes):
-        budgets.append((f"fit-{mixing.size_name(card.memory_bytes)}", mixing.weights_of(layout, card).weights_bytes))
-    if not budgets:
+    mix = mixing.MixWords(gguf_stages.sizes(words), gguf_stages.cards(model, words, drafter_bytes))
+    if not mix.asked:
         return tuple(found)
     header_bytes = exporting.presumed_header_bytes(model, layout, asked, library, stand_in)
-    least, most = solvable(layout, header_bytes, imatrix=words.imatrix is not None)
-    suffix = "-padded" if words.pad_experts else ""
-    for name, budget in budgets:
-        if budget < least:
-            raise UsageError(
-                "no mix of these types is so small",
-                where=name,
-                got=f"a budget of {budget} bytes",
-                wanted=f"at least {least} bytes ({least / 2**30:.2f} GiB)",
-                hint="a larger size, an importance matrix for smaller types, or a smaller model",
-            )
-        bits = 8 * min(budget, most) / sum(tensor.weights for tensor in layout.tensors)
-        file = f"{exporting.file_stem(model)}-{name}{suffix}.gguf"
-        found.append(FileCost(file, 1, min(budget, most), bits, (), "at most"))
+    fixed = overrides.decided(layout, overrides.parse_overrides(words.overrides))
+    budgets = mixing.budgets_of(layout, mix)
+    _, most = mixing.solvable(layout, budgets, header_bytes, stand_in, fixed)
+    suffix = padding.SUFFIX if words.pad_experts else ""
+    for one in budgets:
+        size = min(one.size_bytes, most)
+        bits = 8 * size / sum(tensor.weights for tensor in layout.tensors)
+        file = f"{exporting.file_stem(model)}-{one.name}{suffix}.gguf"
+        found.append(FileCost(file, 1, size, bits, (), "at most"))
     return tuple(found)
-
-
-def solvable(layout: GgufLayout, header_bytes: int, *, imatrix: bool) -> tuple[int, int]:
-    """Bytes of the smallest and of the largest file that the solver could choose."""
-    least = most = header_bytes
-    for tensor in layout.tensors:
-        if not shapes.quantisable(tensor):
-            size = stored_bytes(shapes.unquantised_type(tensor), tensor)
-            least, most = least + size, most + size
-            continue
-        kinds = measure.allowed(tensor, measure.CANDIDATES, with_importances=imatrix and wants_importance(tensor))
-        sizes = [stored_bytes(kind, tensor) for kind in kinds]
-        least, most = least + min(sizes), most + max(sizes)
-    return least, most
 
 
 def kernel_seconds(layout: GgufLayout, files: tuple[FileCost, ...], library: Library) -> float:

@@ -125,12 +125,13 @@ def plan_files(
     imatrix: Path | None = None,
     curvature: Path | None = None,
     damages: Path | None = None,
+    keep: bool = True,
     progress: Progress | None = None,
 ) -> tuple[Export, ...]:
     """Every file decided and laid out; no model is written.
 
     Args:
-        damages: file of measured damages, read and written.
+        damages: file of measured damages, read, and written if `keep`.
     Raises:
         As `exporting.plan_export`; UsageError for a drafter that is none.
     """
@@ -141,7 +142,7 @@ def plan_files(
         _check_drafter(drafter, base)
         drafters = exporting.plan_export(drafter, exporting.GgufWords(words.drafter.tiers), threads=threads)
     drafter_bytes = drafters[0].planned[0].size_bytes if drafters else None
-    mix = mixing.MixWords(sizes(words), cards(base, words, drafter_bytes), curvature, damages)
+    mix = mixing.MixWords(sizes(words), cards(base, words, drafter_bytes), curvature, damages, keep)
     asked = exporting.GgufWords(
         words.tiers,
         imatrix,

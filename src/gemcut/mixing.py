@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from gemcut.export.imatrix import Imatrix
 from gemcut.export.layout import vision_layout_of
 from gemcut.export.mix import contribution, fit, measure, overrides, shapes, solver, stock
 from gemcut.export.mix.explain import Band, Choice, bands, choices
-from gemcut.export.mix.sizes import file_size
+from gemcut.export.mix.sizes import file_size, stored_bytes
 from gemcut.export.targets import Importances
 from gemcut.families.gguf import GgufLayout
 from gemcut.ggml.library import Library
@@ -22,6 +23,8 @@ from gemcut.models import is_gguf
 from gemcut.records.curvature import load_curvature
 from gemcut.store import write_bytes
 from gemcut.types import Json
+
+log = logging.getLogger(__name__)
 
 Progress = Callable[[int, int, str], None]
 DAMAGES_FILE = "damages.json"
@@ -43,13 +46,14 @@ class FitWords:
 class MixWords:
     """sizes: bytes of files to solve for.   fits: cards to solve for.
 
-    curvature: its folder.   damages: the file where measured damages are looked for, and kept.
+    curvature: its folder.   damages: the file where measured damages are looked for, and kept if `keep`.
     """
 
     sizes: tuple[int, ...] = ()
     fits: tuple[FitWords, ...] = ()
     curvature: Path | None = None
     damages: Path | None = None
+    keep: bool = True
 
     @property
     def asked(self) -> bool:
@@ -57,6 +61,15 @@ class MixWords:
 
 
 NOTHING = MixWords()
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """Bytes that a file may have.   name: for the file.   fit: of a card, where they come from."""
+
+    name: str
+    size_bytes: int
+    fit: fit.Fit | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +131,8 @@ def solve_mixes(
         header_bytes: of the file, up to the first tensor's data.
         by_hand: tensors whose types are decided.
     Raises:
-        UsageError: no curvature; a size below the least possible; a card that holds nothing.
+        UsageError: no curvature; a size below the least possible; a card that holds nothing. Before anything is
+            measured.
         CheckpointError: the curvature is damaged or of another model.
     """
     if words.curvature is None:
@@ -126,34 +140,65 @@ def solve_mixes(
             "a size is solved by what each tensor's rounding costs", hint="make it with gemcut curvature: --curvature"
         )
     fixed = overrides.decided(layout, by_hand)
-    budgets: list[tuple[str, int, fit.Fit | None]] = [
-        (size_name(size), size, None) for size in dict.fromkeys(words.sizes)
-    ]
-    for one in dict.fromkeys(words.fits):
-        found = weights_of(layout, one)
-        budgets.append((f"fit-{size_name(one.memory_bytes)}", found.weights_bytes, found))
+    budgets = budgets_of(layout, words)
+    solvable(layout, budgets, header_bytes, importances, fixed)
     earlier = measure.load_damages(words.damages) if words.damages is not None and words.damages.exists() else None
+    if earlier is None and not words.keep:
+        log.warning("every type of every tensor is measured now; a dry run keeps nothing, the run will measure again")
     damages = measure.measure_damages(
         checkpoint, layout, load_curvature(words.curvature), importances,
         earlier=earlier, threads=threads, library=library, progress=progress,
     )  # fmt: skip
-    if words.damages is not None and damages.values != (earlier.values if earlier else None):
+    if words.damages is not None and words.keep and damages.values != (earlier.values if earlier else None):
         words.damages.parent.mkdir(parents=True, exist_ok=True)
         measure.save_damages(damages, words.damages)
     mixes = []
-    for name, budget, found_fit in budgets:
-        solution = solver.solve(layout, damages.values, budget, header_bytes=header_bytes, fixed=fixed)
+    for one in budgets:
+        solution = solver.solve(layout, damages.values, one.size_bytes, header_bytes=header_bytes, fixed=fixed)
         number = _nearest(layout, solution, header_bytes, imatrix=importances is not None)
         shown = bands(layout, solution.types, damages.values), choices(layout, solution.types, damages.values)
-        mixes.append(Mix(name, number, solution, found_fit, *shown))
+        mixes.append(Mix(one.name, number, solution, one.fit, *shown))
     return tuple(mixes)
 
 
-def weights_of(layout: GgufLayout, card: FitWords) -> fit.Fit:
-    """What a card leaves for the weights. Raises as `fit.weights_budget`."""
-    return fit.weights_budget(
-        layout, card.memory_bytes, context=card.context, cache=card.cache, others=dict(card.others)
-    )
+def budgets_of(layout: GgufLayout, words: MixWords) -> list[Budget]:
+    """What each size and card leaves for a file. Raises as `fit.weights_budget`."""
+    found = [Budget(size_name(size), size) for size in dict.fromkeys(words.sizes)]
+    for one in dict.fromkeys(words.fits):
+        left = fit.weights_budget(
+            layout, one.memory_bytes, context=one.context, cache=one.cache, others=dict(one.others)
+        )
+        found.append(Budget(f"fit-{size_name(one.memory_bytes)}", left.weights_bytes, left))
+    return found
+
+
+def solvable(
+    layout: GgufLayout,
+    budgets: Sequence[Budget],
+    header_bytes: int,
+    importances: Importances | None,
+    fixed: Mapping[str, GgmlType],
+) -> tuple[int, int]:
+    """Bytes of the smallest and of the largest file that the solver could choose.
+
+    Args:
+        importances: only which tensors have some is asked.
+        fixed: tensors whose types are decided.
+    Raises:
+        UsageError: a budget is below the smallest; no type of a mix fits a tensor.
+    """
+    least = most = header_bytes
+    for tensor in layout.tensors:
+        if tensor.name in fixed or not shapes.quantisable(tensor):
+            kinds = [fixed.get(tensor.name, shapes.unquantised_type(tensor))]
+        else:
+            weighed = importances is not None and importances.importance(tensor.name) is not None
+            kinds = measure.allowed(tensor, measure.CANDIDATES, with_importances=weighed)
+        sizes = [stored_bytes(kind, tensor) for kind in kinds]
+        least, most = least + min(sizes), most + max(sizes)
+    for one in budgets:
+        solver.refuse_small(layout, one.size_bytes, least, importances=importances is not None, where=one.name)
+    return least, most
 
 
 def card_words(

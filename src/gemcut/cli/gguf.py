@@ -94,6 +94,7 @@ def gguf(
 
     Finished tensors of a run that broke off stay; tensors that an earlier export in the folder holds are copied. --size
     and --fit measure what every type of every tensor costs, once; that and a picture of the bits stay in the folder.
+    Where nothing was measured, a dry run measures as long, and keeps nothing.
 
     Tensors have the bytes that llama-quantize gives them, but for importance matrices with roundings (gemcut imatrix
     --variant auto, or --roundings): blocks are then picked from several quantisations, which llama-quantize does not.
@@ -140,6 +141,7 @@ def gguf(
         imatrix=Path(imatrix) if imatrix else None,
         curvature=Path(curvature) if curvature else None,
         damages=Path(out) / mixing.DAMAGES_FILE,
+        keep=not dry_run,
         progress=talk.progress,
     )
     mixes = [mix for export in exports for mix in export.mixes]
@@ -147,7 +149,7 @@ def gguf(
         _show_mix(talk, one)
     found = exporting.estimate(exports, Path(out), threads, force=force)
     if dry_run:
-        _show_preflight(talk, found, measured=mixing.DAMAGES_FILE if mixes else "")
+        _show_preflight(talk, found)
         return
     for export in exports:
         for why, count in Counter(export.layout.left_out.values()).items():
@@ -157,8 +159,7 @@ def gguf(
     _show(talk, reports, mixes, out)
 
 
-def _show_preflight(talk: Talk, found: GgufPreflight, measured: str) -> None:
-    """measured: the file of measured damages, which a dry run keeps, too."""
+def _show_preflight(talk: Talk, found: GgufPreflight) -> None:
     for file in found.files if len(found.files) == 1 or talk.verbose else ():
         talk.table(
             file.name,
@@ -175,7 +176,7 @@ def _show_preflight(talk: Talk, found: GgufPreflight, measured: str) -> None:
             ],
         )
     talk.table(
-        f"Dry run: only {measured} was written, for the next run" if measured else "Dry run: nothing was written",
+        "Dry run: nothing was written",
         ("file", "parts", "bytes", "size", "bits per weight"),
         [(f.name, f.parts, f.size_bytes, size(f.size_bytes), f"{f.bits_per_weight:.3f}") for f in found.files],
         note=(

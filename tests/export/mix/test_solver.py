@@ -85,6 +85,11 @@ def test_too_small_a_budget_says_the_least() -> None:
     assert solve(model, damage, least).size_bytes == least
     with pytest.raises(UsageError):
         solve(model, damage, least - 1)
+    assert "importance matrix" in str(refused.value.hint)
+    damage |= {(name, GgmlType.IQ2_XXS): 1e9 for name, _ in damage}  # there is one
+    with pytest.raises(UsageError, match="no mix") as refused:
+        solve(model, damage, 1 << 30)
+    assert "importance matrix" not in str(refused.value.hint)
 
 
 def test_a_budget_for_everything_takes_the_best_types() -> None:

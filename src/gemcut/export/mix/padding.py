@@ -23,6 +23,7 @@ from gemcut.records.curvature import Margins
 from gemcut.types import F32, F64
 
 MULTIPLE = 256
+SUFFIX = "-padded"  # of file names
 WIDTH_KEY = "expert_feed_forward_length"
 UNPADDED_KEY = "gemcut.expert_feed_forward_length"  # what it was
 _GATE_UP, _DOWN = "ffn_gate_up_exps", "ffn_down_exps"

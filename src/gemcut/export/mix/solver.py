@@ -17,6 +17,7 @@ from gemcut.export.mix.padding import would_pad
 from gemcut.export.mix.shapes import quantisable, unquantised_type
 from gemcut.export.mix.sizes import stored_bytes
 from gemcut.families.gguf import GgufLayout
+from gemcut.ggml.quantise import requires_imatrix
 from gemcut.ggml.types import GgmlType
 
 _EXCHANGES = 10_000  # more were never needed: a few hundred settle a model of 800 tensors
@@ -86,15 +87,7 @@ def solve(
             raise UsageError("nothing is known of a tensor's damage in any type", where=tensor.name)
     least = base + sum(options[0].size_bytes for options in choices.values())
     most = base + sum(options[-1].size_bytes for options in choices.values())
-    if least > budget_bytes:
-        raise UsageError(
-            "no mix of these types is so small",
-            got=f"a budget of {budget_bytes} bytes",
-            wanted=f"at least {least} bytes ({least / 2**20:,.1f} MiB)",
-            hint="a larger size, smaller types (they need an importance matrix), "
-            + ("padded experts (they take smaller types), " if would_pad(layout) else "")
-            + "or a smaller model",
-        )
+    refuse_small(layout, budget_bytes, least, importances=any(requires_imatrix(kind) for _, kind in damage))
     taken, price = _by_price(choices, budget_bytes - base)
     _exchange(choices, taken, budget_bytes - base)
     types |= {name: choices[name][at].kind for name, at in taken.items()}
@@ -106,6 +99,32 @@ def solve(
         price=price,
         least_bytes=least,
         most_bytes=most,
+    )
+
+
+def refuse_small(
+    layout: GgufLayout, budget_bytes: int, least_bytes: int, *, importances: bool, where: str | None = None
+) -> None:
+    """Hold a budget against the smallest file.
+
+    Args:
+        importances: there is an importance matrix, so that the smallest types are among those that count.
+    Raises:
+        UsageError: the budget is smaller.
+    """
+    if budget_bytes >= least_bytes:
+        return
+    ways = ["a larger size"]
+    if not importances:
+        ways.append("an importance matrix (smaller types need one)")
+    if would_pad(layout):
+        ways.append("padded experts (they take smaller types)")
+    raise UsageError(
+        "no mix of these types is so small",
+        where=where,
+        got=f"a budget of {budget_bytes} bytes",
+        wanted=f"at least {least_bytes} bytes ({least_bytes / 2**20:,.1f} MiB)",
+        hint=f"{', '.join(ways)} or a smaller model",
     )
 
 
