@@ -6,11 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from gemcut import checkpoint, shipped
-from gemcut.checkpoint import Checkpoint, Inspection, open_checkpoint, resolve
+from gemcut.checkpoint import Checkpoint, open_checkpoint, resolve
 from gemcut.errors import UsageError
 from gemcut.families import is_drafter
 from gemcut.gguf_file import open_gguf
 from gemcut.gguf_file.compare import diff_gguf
+from gemcut.inspection import Inspection, inspect
 from gemcut.types import Manifest
 
 Progress = Callable[[int, int, str], None]
@@ -49,7 +50,7 @@ def open_exportable(ref: str) -> Checkpoint:
 
 def inspection(ref: str) -> Inspection:
     """What a checkpoint is; headers only."""
-    return checkpoint.inspect(open_model(ref))
+    return inspect(open_model(ref))
 
 
 def diff(a: str, b: str, *, progress: Progress | None = None) -> Manifest:

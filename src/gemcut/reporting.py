@@ -12,13 +12,14 @@ import numpy as np
 import yaml
 
 from gemcut import machine, nvfp4_stages, records
-from gemcut.checkpoint import Checkpoint, inspect
+from gemcut.checkpoint import Checkpoint
 from gemcut.comparing import FLOOR
 from gemcut.export.mix.padding import weights_of
 from gemcut.export.mix.sizes import role_of
 from gemcut.ggml.types import GgmlType
 from gemcut.gguf_file import GgufFile, open_gguf
 from gemcut.gguf_stages import Quantised
+from gemcut.inspection import inspect
 from gemcut.nvfp4_stages import Packed
 from gemcut.recipe import PlanWords, Recipe, resolved, shipped
 from gemcut.records.canary import CanaryResult

@@ -16,9 +16,9 @@ import pytest
 from safetensors.numpy import save_file
 
 import synthetic
-from gemcut.checkpoint.inspect import inspect
 from gemcut.checkpoint.read import INDEX, SINGLE, open_checkpoint
 from gemcut.errors import CheckpointError, GemcutError, UsageError
+from gemcut.inspection import inspect
 from tiny import make_tiny
 
 

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 import synthetic
-from gemcut.checkpoint import inspect, open_checkpoint
+from gemcut.checkpoint import open_checkpoint
 from gemcut.checkpoint.header import lay_out
+from gemcut.inspection import inspect
 from gemcut.types import TensorRef
 
 
@@ -64,7 +65,8 @@ def test_the_real_26b_geometry(tmp_path: Path) -> None:
 
 def test_inspect_is_fast_from_a_cold_start(tmp_path: Path) -> None:
     folder = headers_only(tmp_path / "26b", 30, synthetic.Geometry(vocabulary=262144))
-    code = "import sys; from pathlib import Path; from gemcut.checkpoint import inspect, open_checkpoint; " \
+    code = "import sys; from pathlib import Path; from gemcut.checkpoint import open_checkpoint; " \
+           "from gemcut.inspection import inspect; " \
            "inspect(open_checkpoint(Path(sys.argv[1]))); assert 'torch' not in sys.modules"  # fmt: skip
     before = os.times()
     best = 1e9

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from gemcut.checkpoint.read import Checkpoint
 from gemcut.families.base import COMPONENTS
+from gemcut.nvfp4.describe import Quantised, describe, weights_by_tensor
 from gemcut.types import Kind
-
-if TYPE_CHECKING:
-    from gemcut.nvfp4.describe import Quantised
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,14 +49,12 @@ class Inspection:
     tied_head: bool
     experts_per_token: int  # 0 for a dense decoder
     components: tuple[Component, ...]  # in the order of families.base.COMPONENTS, empty ones left out
-    cuttable: tuple[Cuttable, ...]
+    cuttable: tuple[Cuttable, ...]  # nothing of a quantised one: cut what it was made from
     quantised: Quantised | None  # None: plain weights
 
 
 def inspect(checkpoint: Checkpoint) -> Inspection:
     """Count parameters and bytes; no tensor byte is read. The scales of quantised weights are no parameters."""
-    from gemcut.nvfp4.describe import describe, weights_by_tensor  # which is built on this package
-
     family, quantised, weights = checkpoint.family, describe(checkpoint), weights_by_tensor(checkpoint)
     counts: dict[str, list[int]] = {name: [0, 0, 0] for name in COMPONENTS}
     dtypes: dict[str, int] = {}
@@ -83,7 +78,7 @@ def inspect(checkpoint: Checkpoint) -> Inspection:
         tied_head=checkpoint.tied,
         experts_per_token=family.top_k(checkpoint.text_config),
         components=tuple(Component(name, *row) for name, row in counts.items() if row[0]),
-        cuttable=_cuttable(checkpoint),
+        cuttable=() if quantised else _cuttable(checkpoint),
         quantised=quantised,
     )
 
