@@ -66,8 +66,18 @@ def test_list_and_show_as_json() -> None:
     assert schema["additionalProperties"] is False
 
 
-def test_doctor_reports_memory_and_versions() -> None:
+def test_doctor_reports_memory_and_versions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GEMCUT_LIBLLAMA", raising=False)
     found = json.loads(gemcut("doctor", "--json").stdout)
     assert found["memory_gib"] > 0
     assert found["package_torch"][0].isdigit()
     assert "cpu" in found["devices"]
+    assert "(llama.cpp" in found["llama_cpp"]
+    assert found["llama_cpp_from"] == "the wheel xllamacpp"
+
+
+def test_doctor_says_that_a_named_library_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("GEMCUT_LIBLLAMA", str(tmp_path / "none.so"))
+    found = json.loads(gemcut("doctor", "--json").stdout)
+    assert found["llama_cpp"] == "the named llama.cpp library does not exist; check GEMCUT_LIBLLAMA"
+    assert found["llama_cpp_from"] == "GEMCUT_LIBLLAMA"

@@ -104,12 +104,18 @@ def _show_serving(folder: str, asked: dict[str, Any], talk: Talk) -> None:
 @click.command()
 @options.talk
 def doctor(talk: Talk) -> None:
-    """What this machine has: memory, disk, packages, devices."""
+    """What this machine has: memory, disk, packages, devices, llama.cpp."""
+    import os
     from pathlib import Path
 
     from gemcut import machine, shipped, stages, store
     from gemcut.errors import GemcutError
+    from gemcut.ggml import library
 
+    try:
+        llama = library.load().identity
+    except GemcutError as error:
+        llama = "; ".join(str(part) for part in (error.what, error.hint) if part)
     try:
         shipped.demo_folder()
         demo = "there"
@@ -123,6 +129,8 @@ def doctor(talk: Talk) -> None:
         "disk_free_gib": round(store.free_bytes(Path.cwd()) / 2**30, 1),
         "devices": stages.devices(),
         "demo_checkpoints": demo,
+        "llama_cpp": llama,
+        "llama_cpp_from": library.VARIABLE if os.environ.get(library.VARIABLE) else f"the wheel {library.PACKAGE}",
         "package_compressed_tensors": "absent; NVFP4 folders load with it: pip install 'gemcut[nvfp4]'",
         **{f"package_{name}": version for name, version in machine.stack().items()},
     }

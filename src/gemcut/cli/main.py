@@ -53,7 +53,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "run": ("gemcut.cli.run:run", "Run a recipe: observe, plan, cut, verify, kld, report. Resumes."),
     "list": ("gemcut.cli.about:list_", "What there is: recipes, criteria, families."),
     "show": ("gemcut.cli.about:show", "Print a recipe, a criterion, the schema, or how an NVFP4 folder is served."),
-    "doctor": ("gemcut.cli.about:doctor", "What this machine has: memory, disk, packages, devices."),
+    "doctor": ("gemcut.cli.about:doctor", "What this machine has: memory, disk, packages, devices, llama.cpp."),
 }
 
 
