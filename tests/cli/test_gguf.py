@@ -175,6 +175,7 @@ def test_parts_of_at_most_a_size(tmp_path: Path, capsys: pytest.CaptureFixture[s
     [
         ((), 2, "no file type"),
         (("-t", "Q9_K"), 2, "no such file type"),
+        (("-t", ""), 2, "got an empty name, wanted Q4_K_M"),
         (("-t", "IQ2_M"), 2, "needs an importance matrix"),
         (("-t", "Q8_0", "--tensor-type", "nothing=q4_k"), 2, "binds nothing"),
         (("-t", "Q8_0", "--tensor-type", "attn_k=IQ3_M"), 2, "mix of types"),
@@ -193,6 +194,19 @@ def test_refusals(
     assert found == code
     assert says in err
     assert not (tmp_path / "o").exists()
+
+
+def test_a_dry_run_of_one_file_has_one_row_for_what_stays_float32(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("gguf", "demo:dense", "-t", "Q4_K_M", "--dry-run", "-o", tmp_path / "o")
+    _, out, _ = gemcut(capsys, *words)
+    assert "9 kinds of norms, scales" in out
+    assert "attn_norm" not in out
+    _, out, _ = gemcut(capsys, *words, "-v")
+    assert "attn_norm" in out
+    _, out, _ = gemcut(capsys, "gguf", "demo:dense", "-t", "F32", "--dry-run", "-o", tmp_path / "o")
+    assert "attn_norm" in out
 
 
 def write_imatrix(path: Path, columns: int = 256, name: str = "blk.0.attn_q.weight") -> None:

@@ -51,6 +51,7 @@ def resolve(ref: str) -> ResolvedModel:
             "there is no such model folder",
             where=ref,
             wanted="a folder, org/name, org/name@revision or hf://org/name@revision",
+            hint="check the path, or try demo:dense or demo:moe",
         )
     return _from_hub(match["repo"], match["revision"])
 

@@ -14,6 +14,7 @@ from gemcut.cli.console import Talk
 from gemcut.cli.sizes import ByteSize, duration, size
 
 if TYPE_CHECKING:
+    from gemcut.export.mix.sizes import KindSize
     from gemcut.export.run import ExportReport
     from gemcut.exporting import GgufPreflight
     from gemcut.mixing import Mix
@@ -164,16 +165,7 @@ def _show_preflight(talk: Talk, found: GgufPreflight) -> None:
         talk.table(
             file.name,
             ("tensors", "number", "types", "size", "bits per weight"),
-            [
-                (
-                    kind.role,
-                    kind.tensors,
-                    ", ".join(t.name for t in kind.types),
-                    size(kind.size_bytes),
-                    f"{kind.bpw:.2f}",
-                )
-                for kind in file.kinds
-            ],
+            _kind_rows(file.kinds, every=talk.verbose > 0),
         )
     talk.table(
         "Dry run: nothing was written",
@@ -186,6 +178,28 @@ def _show_preflight(talk: Talk, found: GgufPreflight) -> None:
         ),
     )
     talk.result(found, text="")
+
+
+def _kind_rows(kinds: Sequence[KindSize], *, every: bool) -> list[tuple[object, ...]]:
+    """A row for each role; one for all that stay float32 beside others, if not `every`."""
+    plain = [kind for kind in kinds if {one.name for one in kind.types} == {"F32"}]
+    if every or len(plain) in (1, len(kinds)):
+        plain = []
+    rows: list[tuple[object, ...]] = [
+        (
+            kind.role,
+            kind.tensors,
+            ", ".join(t.name for t in kind.types),
+            size(kind.size_bytes),
+            f"{kind.bpw:.2f}",
+        )
+        for kind in kinds
+        if kind not in plain
+    ]
+    if plain:
+        what = f"{len(plain)} kinds of norms, scales, …"
+        rows.append((what, sum(k.tensors for k in plain), "F32", size(sum(k.size_bytes for k in plain)), "32.00"))
+    return rows
 
 
 def _show_mix(talk: Talk, mix: Mix) -> None:
@@ -237,7 +251,8 @@ def _show(talk: Talk, reports: tuple[ExportReport, ...], mixes: Sequence[Mix], o
             for f in report.files
         ],
         note="; ".join(
-            f"{size(r.read_bytes)} read in {duration(r.seconds)}; {r.threads} threads were "
+            f"{size(r.read_bytes)} read in {duration(r.seconds)}; "
+            f"{'1 thread was' if r.threads == 1 else f'{r.threads} threads were'} "
             f"{duration(r.kernel_seconds)} in the quantisers" for r in reports
         ),
     )  # fmt: skip

@@ -123,7 +123,9 @@ def read_gguf(path: Path) -> GgufFile:
             raise CheckpointError("not a regular file", where=path.name)
         fd = os.open(path, os.O_RDONLY)
     except FileNotFoundError:
-        raise UsageError("there is no such GGUF file", where=str(path)) from None
+        raise UsageError(
+            "there is no such GGUF file", where=str(path), hint="check the path; gemcut gguf MODEL -t Q4_K_M writes one"
+        ) from None
     except OSError as error:
         raise CheckpointError(f"cannot read the GGUF file: {error.strerror}", where=path.name) from None
     try:

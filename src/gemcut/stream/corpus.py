@@ -13,7 +13,7 @@ import numpy as np
 
 from gemcut.errors import CheckpointError, UsageError
 from gemcut.store import canonical_json
-from gemcut.stream.corpus_file import TEXT_CLASS, TextItems, read_entries, read_pieces
+from gemcut.stream.corpus_file import FORMS, TEXT_CLASS, TextItems, read_entries, read_pieces
 from gemcut.stream.rendering import Rendered, Tokenizer, open_tokenizer, render_messages, render_text, tokenizer_hash
 from gemcut.types import I64
 
@@ -118,7 +118,7 @@ def load_corpus(
     if max_tokens_per_item < MIN_TOKENS:
         raise UsageError("max_tokens_per_item is too small", got=max_tokens_per_item, wanted=f"at least {MIN_TOKENS}")
     if not path.exists():
-        raise UsageError("there is no corpus file", where=str(path))
+        raise UsageError("there is no corpus file", where=str(path), wanted=FORMS)
     tokenizer = open_tokenizer(tokenizer_folder)
     if path.suffix == ".txt" and text_items == "chunks":
         items = list(_chunks(path, tokenizer, max_tokens_per_item))

@@ -23,6 +23,7 @@ MAX_LINE_BYTES = 8 << 20
 # Plain text is tokenised in pieces of about this many characters, cut at line ends.
 PIECE_CHARACTERS = 1 << 20
 TEXT_CLASS = "text"
+FORMS = "a .jsonl or .txt file, demo:calibration or demo:heldout"  # of a corpus, for errors
 
 TextItems = Literal["blocks", "chunks"]
 
@@ -126,7 +127,7 @@ def read_pieces(path: Path) -> Iterator[str]:
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     """(1-based number, text with its newline). A byte order mark at the start is dropped."""
     if not path.exists():
-        raise UsageError("there is no corpus file", where=str(path))
+        raise UsageError("there is no corpus file", where=str(path), wanted=FORMS)
     if not path.is_file():
         raise UsageError("the corpus is not a file", where=str(path))
     offset = 0

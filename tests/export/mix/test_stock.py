@@ -43,8 +43,12 @@ def test_goldens_cover_every_file_type() -> None:
 def test_names_are_taken_in_any_case_and_by_alias() -> None:
     assert file_type("q4_k") == file_type("Q4_K_M") == file_type("Q4_K_L")
     assert file_type("IQ3_M").base is GgmlType.IQ3_S
-    with pytest.raises(UsageError, match="no such file type"):
+    with pytest.raises(UsageError, match="no such file type") as refused:
         file_type("Q4_K_XXL")
+    assert "Q4_K_L" in str(refused.value.wanted)
+    with pytest.raises(UsageError, match="no such file type") as refused:
+        file_type("")
+    assert (refused.value.got, refused.value.wanted) == ("an empty name", "Q4_K_M, IQ3_M, Q8_0, …")
 
 
 def test_what_is_not_float32_and_not_quantised_keeps_sixteen_bits() -> None:

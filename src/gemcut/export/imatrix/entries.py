@@ -38,10 +38,16 @@ class Entry:
                 "sums and counts do not belong together", got=(self.sums.shape, self.counts.shape), wanted="[U, F], [U]"
             )
         if not np.isfinite(self.sums).all():
-            raise CheckpointError("the sums hold NaN or infinity", got=f"{int((~np.isfinite(self.sums)).sum())} values")
+            raise CheckpointError(
+                "the sums hold NaN or infinity",
+                got=f"{int((~np.isfinite(self.sums)).sum())} values",
+                wanted="finite sums",
+            )
         if self.sums.min() < 0 or self.counts.min() < 0:
             raise CheckpointError(
-                "a sum of squares or a count is negative", got=float(min(self.sums.min(), self.counts.min()))
+                "a sum of squares or a count is negative",
+                got=float(min(self.sums.min(), self.counts.min())),
+                wanted="0 or more",
             )
 
 

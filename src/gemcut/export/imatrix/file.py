@@ -34,6 +34,7 @@ _CHUNKS, _CHUNK_SIZE = "imatrix.chunk_count", "imatrix.chunk_size"
 _OWN = "gemcut.imatrix."
 _MAX_COUNT = 2.0**53
 _MAX_UNITS = 1 << 16
+_AGAIN = "make it again with gemcut imatrix"
 _LEGACY_MAX_ENTRIES = 1 << 20
 _LEGACY_MAX_NAME = 512
 _LEGACY_MAX_BYTES = 2 << 30  # a 31B's takes 25 MB
@@ -91,7 +92,11 @@ def read_imatrix(path: Path) -> Imatrix:
         with open(path, "rb") as f:
             magic = f.read(4)
     except FileNotFoundError:
-        raise UsageError("there is no such imatrix", where=str(path)) from None
+        raise UsageError(
+            "there is no such imatrix",
+            where=str(path),
+            hint="check the path; gemcut imatrix MODEL --corpus … makes one",
+        ) from None
     except OSError as error:
         raise CheckpointError(f"cannot read the imatrix: {error.strerror}", where=str(path)) from None
     return _from_gguf(read_gguf(path)) if magic == b"GGUF" or magic == bytes(4) else _from_legacy(path)
@@ -108,7 +113,7 @@ def _from_gguf(file: GgufFile) -> Imatrix:
             raise CheckpointError("the imatrix has no metadata that llama-quantize asks for", where=where, wanted=key)
     names = sorted({_stem(name) for name in file.tensors} - {""})
     if not names:
-        raise CheckpointError("the imatrix has no entries", where=where)
+        raise CheckpointError("the imatrix has no entries", where=where, hint=_AGAIN)
     entries = {name: _entry(file, name) for name in names}
     starved = _starved(_texts(file, f"{_OWN}starved"), entries, where)
     said = file.value(f"{_OWN}variant") or "plain"
@@ -144,10 +149,15 @@ def _stem(name: str) -> str:
     return ""
 
 
+def _damaged(error: CheckpointError, where: str) -> CheckpointError:
+    """The same with its place, and what to do."""
+    return CheckpointError(error.what, where=where, got=error.got, wanted=error.wanted, hint=_AGAIN)
+
+
 def _entry(file: GgufFile, name: str) -> Entry:
     where = f"{name[:120]} in {file.path.name}"
     if name + _SUMS not in file.tensors or name + _COUNTS not in file.tensors:
-        raise CheckpointError("sums without counts, or counts without sums", where=where)
+        raise CheckpointError("sums without counts, or counts without sums", where=where, hint=_AGAIN)
     sums, counts = file.tensors[name + _SUMS], file.tensors[name + _COUNTS]
     if sums.kind != GgmlType.F32 or counts.kind != GgmlType.F32:
         raise CheckpointError("sums and counts must be F32", where=where, got=f"{sums.kind.name}, {counts.kind.name}")
@@ -160,22 +170,24 @@ def _entry(file: GgufFile, name: str) -> Entry:
         )
     wrong = ~((seen >= 0) & (seen <= _MAX_COUNT))  # NaN is neither
     if wrong.any():
-        raise CheckpointError("a count is impossible", where=where, got=float(seen[wrong][0]))
+        raise CheckpointError(
+            "a count is impossible", where=where, got=float(seen[wrong][0]), wanted=f"0 to {_MAX_COUNT:g}", hint=_AGAIN
+        )
     try:
         return Entry(values.reshape(units, -1), np.floor(seen.astype(np.float64) + 0.5).astype(np.int64))
     except CheckpointError as error:
-        raise CheckpointError(error.what, where=where, got=error.got, wanted=error.wanted) from None
+        raise _damaged(error, where) from None
 
 
 def _inputs(file: GgufFile, name: str) -> Inputs:
     where = f"{name[:120]} in {file.path.name}"
     mean, spread = file.tensors[name + _MEAN], file.tensors.get(name + _SPREAD)
     if spread is None or (mean.kind, spread.kind) != (GgmlType.F32, GgmlType.F32) or mean.shape != spread.shape:
-        raise CheckpointError("means without spreads, or of another form", where=where)
+        raise CheckpointError("means without spreads, or of another form", where=where, hint=_AGAIN)
     try:
         return Inputs(*(file.read(ref.name).view("<f4").reshape(ref.shape) for ref in (mean, spread)))
     except CheckpointError as error:
-        raise CheckpointError(error.what, where=where, got=error.got, wanted=error.wanted) from None
+        raise _damaged(error, where) from None
 
 
 def _count(file: GgufFile, key: str) -> int:
@@ -266,7 +278,7 @@ def _from_legacy(path: Path) -> Imatrix:
         try:
             entries[name] = Entry(values.reshape(1, -1), np.array([calls], np.int64))
         except CheckpointError as error:
-            raise CheckpointError(error.what, where=f"{name[:120]} in {path.name}", got=error.got) from None
+            raise _damaged(error, f"{name[:120]} in {path.name}") from None
     chunks = 0
     datasets: tuple[str, ...] = ()
     if at < len(raw):

@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 
 from gemcut.errors import UsageError
 from gemcut.export.mix.overrides import Override, first_match, refuse_unbound
@@ -52,7 +53,12 @@ def file_type(name: str) -> FileType:
         )  # fmt: skip
     known = FILE_TYPES.get(LARGE_ENDS.get(asked, ALIASES.get(asked, asked)))
     if known is None:
-        raise UsageError("no such file type", got=name, wanted=f"one of {', '.join(file_types())}")
+        close = get_close_matches(asked, file_types(), 4, 0.6)
+        raise UsageError(
+            "no such file type", got=name or "an empty name",
+            wanted=", ".join(close) if close else "Q4_K_M, IQ3_M, Q8_0, …",
+            hint="llama-quantize's names, or one with large ends, as Q4_K_L",
+        )  # fmt: skip
     return known
 
 
