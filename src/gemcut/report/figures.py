@@ -101,11 +101,12 @@ def criteria(data: ReportData) -> Drawing | None:
         else:
             axes.set_xlim(left=min(0.0, lowest))
             axes.axvline(0, color=INK, linewidth=1.2)
-            _note(axes, "no cut = 0", (0, -0.6), (4, 7), MUTED)
+            _note(axes, "the base = 0", (0, -0.6), (4, 7), MUTED)
         n = _span([mean.n for mean in means.values()])
-        scale = ", log scale; no cut = 0 lies beyond the left edge" if wide else ""
+        scale = ", log scale; the base, 0, lies beyond the left edge" if wide else ""
         axes.set_xlabel(f"mean KLD from the base, nats per token (n = {n} chunks, 95 % intervals{scale})")
-        axes.set_title("Damage by criterion at the same test: less is better", pad=16)
+        what = "Damage by criterion at the same test" if data.plan else "Damage"
+        axes.set_title(f"{what}: less is better", pad=16)
         caption = "Each dot is the mean KLD of one candidate from the base, with its 95 % interval over chunks"
         caption += f"; {data.entry.label} is the one that this report is about." if data.entry else "."
         return svg(figure, "criteria", plain(caption))
@@ -144,7 +145,7 @@ def damage(data: ReportData) -> Drawing | None:
         left.set_title("Mean KLD")
         right.set_title("ln PPL ratio")
         left.set_xlabel("nats per token, 95 % intervals over chunks")
-        right.set_xlabel("ln PPL(cut) − ln PPL(base), above 0 is worse")
+        right.set_xlabel("ln PPL(candidate) − ln PPL(base), above 0 is worse")
         for axes in (left, right):
             axes.locator_params(axis="x", nbins=4)
         return svg(

@@ -9,6 +9,7 @@ from gemcut.report.spelling import count, duration, json_text, size
 from gemcut.report.tables import by_damage, near_ties, units_name
 
 SHORT_HASH = 12
+CARD = "README.md"
 LONG_CELL = 240  # characters
 
 
@@ -117,10 +118,14 @@ def _clipped(text: str) -> str:
 
 
 def file_rows(data: ReportData) -> Table | None:
-    """Every file of the written folder with its whole sha256."""
+    """Every file of the written folder with its whole sha256, the base's card excepted: this one takes its place."""
     if data.manifest is None or not data.manifest.files:
         return None
-    return Table(("File", "sha256"), tuple(sorted(data.manifest.files.items())), "ll")
+    return Table(
+        ("File", "sha256"),
+        tuple(sorted((name, digest) for name, digest in data.manifest.files.items() if name != CARD)),
+        "ll",
+    )
 
 
 def check_rows(data: ReportData) -> Table | None:
