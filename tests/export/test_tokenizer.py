@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ def edit(folder: Path, file: str, change: Callable[[dict[str, Any]], Any]) -> No
 
 def test_types_ids_and_order(folder: Path) -> None:
     edit(folder, "tokenizer_config.json", lambda c: c.update(add_eos_token=False, sot_token="<|turn>"))
+    edit(folder, "tokenizer.json", lambda t: next(a for a in t["added_tokens"] if a["content"] == "<mask>").update(
+        special=False))  # fmt: skip
     found = tokenizer_metadata(folder, rows=VOCABULARY)
     types = found["tokenizer.ggml.token_type"].value
     tokens = found["tokenizer.ggml.tokens"].value
@@ -38,7 +41,9 @@ def test_types_ids_and_order(folder: Path) -> None:
     assert len(tokens) == len(types) == VOCABULARY
     kind = dict(zip(tokens, types, strict=True))
     assert kind["<bos>"] == kind["<|turn>"] == CONTROL
-    assert kind["<turn|>"] == NORMAL, "special in tokenizer.json, but the tokenizer's config does not name it"
+    assert kind["<mask>"] == CONTROL, "named by the config alone"
+    assert kind["<turn|>"] == CONTROL, "marked in tokenizer.json alone; llama.cpp splits what is NORMAL"
+    assert kind["<unused3>"] == NORMAL
     assert kind["<|channel>"] == kind["<channel|>"] == USER_DEFINED
     assert kind["<0x0A>"] == BYTE
     keys = [key.removeprefix("tokenizer.ggml.") for key in found]
@@ -128,11 +133,29 @@ def test_broken_vocabularies(folder: Path, change: Callable[[dict[str, Any]], An
         tokenizer_metadata(folder)
 
 
-def test_a_vocabulary_without_bos_or_eos_at_all(folder: Path) -> None:
-    edit(folder, "tokenizer.json", swap_bos_away)
-    edit(folder, "tokenizer_config.json", lambda c: c.pop("bos_token"))
-    with pytest.raises(CheckpointError, match="no such special token"):
+@pytest.mark.parametrize("kind", ["bos", "eos"])
+def test_no_file_says_which_token_begins_or_ends(folder: Path, kind: str) -> None:
+    edit(folder, "tokenizer_config.json", lambda c: c.pop(f"{kind}_token"))
+    with pytest.raises(CheckpointError, match=rf"no file says which token is {kind.upper()}") as refused:
         tokenizer_metadata(folder)
+    assert refused.value.where == "tokenizer_config.json"
+    assert f'"{kind}_token": "<{kind}>"' in str(refused.value)
+    edit(folder, "config.json", lambda c: c.update({f"{kind}_token_id": [1, 6]}))
+    with pytest.raises(CheckpointError, match=rf"{kind}_token_id \[1, 6\]"):
+        tokenizer_metadata(folder)
+    edit(folder, "config.json", lambda c: c.update({f"{kind}_token_id": True}))
+    with pytest.raises(CheckpointError, match="no file says"):
+        tokenizer_metadata(folder)
+    edit(folder, "config.json", lambda c: c.update({f"{kind}_token_id": 2}))
+    assert tokenizer_metadata(folder)[f"tokenizer.ggml.{kind}_token_id"] == Value("u32", 2)
+
+
+def test_a_special_token_of_the_vocabulary_alone_keeps_its_id(folder: Path) -> None:
+    edit(folder, "tokenizer.json", lambda t: t.update(added_tokens=[]))
+    found = tokenizer_metadata(folder)
+    tokens = found["tokenizer.ggml.tokens"].value
+    assert isinstance(tokens, tuple)
+    assert found["tokenizer.ggml.eos_token_id"].value == tokens.index("<eos>")
 
 
 def test_broken_files(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,12 +167,14 @@ def test_broken_files(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(CheckpointError, match=said):
             tokenizer_metadata(folder)
     (folder / "tokenizer.json").write_text(whole)
-    monkeypatch.setattr("gemcut.export.tokenizer._MAX_FILE_BYTES", 1000)
-    with pytest.raises(CheckpointError, match="too large"):
-        tokenizer_metadata(folder)
-    (folder / "tokenizer.json").unlink()
-    with pytest.raises(CheckpointError, match=r"has no tokenizer\.json"):
-        tokenizer_metadata(folder)
+    with monkeypatch.context() as small:
+        small.setattr("gemcut.export.tokenizer._MAX_FILE_BYTES", 1000)
+        with pytest.raises(CheckpointError, match="too large"):
+            tokenizer_metadata(folder)
+    for file in ("tokenizer_config.json", "tokenizer.json"):
+        (folder / file).unlink()
+        with pytest.raises(CheckpointError, match=f"has no {re.escape(file)}"):
+            tokenizer_metadata(folder)
 
 
 def test_sizes_and_ids_must_fit(folder: Path) -> None:

@@ -1,8 +1,10 @@
 """The vocabulary of a checkpoint as GGUF metadata: what llama.cpp's converter writes for a Gemma 4 tokenizer.
 
-Types of tokens (the file's numbers): a byte `<0x0A>` is BYTE, a token that tokenizer_config.json names as special is
-CONTROL, and the chat and tool markers are USER_DEFINED in spite of that, so that a server sees them in the text and can
-parse reasoning and tool calls. Scores are unused and all -1000. llama.cpp puts BOS before every text of this model.
+Types of tokens (the file's numbers): a byte `<0x0A>` is BYTE, a special token is CONTROL, and the chat and tool markers
+are USER_DEFINED in spite of that, so that a server sees them in the text and can parse reasoning and tool calls.
+Special is what tokenizer_config.json names, as for the converter, and also what tokenizer.json marks so: llama.cpp
+would split a NORMAL one into pieces. Scores are unused and all -1000. llama.cpp puts BOS before every text of this
+model.
 """
 
 from __future__ import annotations
@@ -38,11 +40,12 @@ def tokenizer_metadata(folder: Path, *, rows: int | None = None) -> dict[str, Va
         rows: rows of the token embedding; llama.cpp refuses a file where the vocabulary has another size.
     Raises:
         CheckpointError: a file is missing, too large, not JSON, no BPE with byte fallback; ids are repeated or have
-            gaps; a special token is not in the vocabulary; the vocabulary has not as many tokens as `rows`.
+            gaps; a special token is not in the vocabulary; no file says which tokens are BOS and EOS; the vocabulary
+            has not as many tokens as `rows`.
     """
     folder = Path(folder)
     tokenizer = read_object(folder, "tokenizer.json", required=True)
-    config = read_object(folder, "tokenizer_config.json")
+    config = read_object(folder, "tokenizer_config.json", required=True)
     model_config = read_object(folder, "config.json")
     model = tokenizer.get("model")
     if not isinstance(model, dict) or model.get("type") != "BPE" or not model.get("byte_fallback"):
@@ -56,7 +59,7 @@ def tokenizer_metadata(folder: Path, *, rows: int | None = None) -> dict[str, Va
             got=f"{len(tokens)} tokens, {rows} rows",
             hint="give tokenizer.json an unused token for every row",
         )
-    special = _named_special(folder, config, tokens)
+    special = _named_special(folder, config, tokens) | _marked_special(tokenizer)
     out = {
         "tokenizer.ggml.model": Value("str", "gemma4"),
         "tokenizer.ggml.tokens": Value("str", tuple(tokens)),
@@ -64,7 +67,7 @@ def tokenizer_metadata(folder: Path, *, rows: int | None = None) -> dict[str, Va
         "tokenizer.ggml.token_type": Value("i32", tuple(_type(t, i, base, special) for i, t in enumerate(tokens))),
     }
     out["tokenizer.ggml.merges"] = Value("str", _merges(model.get("merges")))
-    for kind, token_id in _special_ids(config, model_config, added, len(tokens)).items():
+    for kind, token_id in _special_ids(config, model_config, tokens).items():
         out[f"tokenizer.ggml.{SPECIAL[kind]}_token_id"] = Value("u32", token_id)
     for kind, adds in _adds(tokenizer, config).items():
         out[f"tokenizer.ggml.add_{kind}_token"] = Value("bool", adds)
@@ -176,7 +179,7 @@ def _named_special(folder: Path, config: Mapping[str, Json], tokens: Sequence[st
     """Tokens that the tokenizer calls special: every `*_token`, the lists of further ones, the class's own defaults.
 
     Raises:
-        CheckpointError: one of them is not in the vocabulary, or there is no BOS or EOS.
+        CheckpointError: one of them is not in the vocabulary.
     """
     known = frozenset(tokens)
     entries: dict[str, Json] = {**config}
@@ -194,12 +197,16 @@ def _named_special(folder: Path, config: Mapping[str, Json], tokens: Sequence[st
             raise CheckpointError(
                 "the vocabulary lacks a special token", where=f"tokenizer_config.json: {key}", got=token[:60]
             )
-    for key, default in (("bos_token", "<bos>"), ("eos_token", "<eos>")):
-        if named.get(key) is None and default not in known:
-            raise CheckpointError("the vocabulary has no such special token", where="tokenizer.json", wanted=default)
     if str(config.get("tokenizer_class", "GemmaTokenizer")).startswith("GemmaTokenizer"):
         named.update((f"default {token}", token) for token in _CLASS_DEFAULTS if token in known)
     return frozenset(token for token in named.values() if token is not None)
+
+
+def _marked_special(tokenizer: Mapping[str, Json]) -> frozenset[str]:
+    """Added tokens that tokenizer.json itself calls special; `_added_tokens` has checked the list."""
+    entries = tokenizer.get("added_tokens")
+    marked = [one for one in entries if isinstance(one, dict)] if isinstance(entries, list) else []
+    return frozenset(str(one["content"]) for one in marked if one.get("special") is True)
 
 
 def _type(token: str, token_id: int, base: int, special: frozenset[str]) -> int:
@@ -235,33 +242,46 @@ def _merges(merges: Json) -> tuple[str, ...]:
     return tuple(out)
 
 
-def _special_ids(
-    config: Mapping[str, Json], model_config: Mapping[str, Json], added: Mapping[str, int], size: int
-) -> dict[str, int]:
-    """bos, eos … → id: what tokenizer_config.json names, then what only config.json has.
+def _special_ids(config: Mapping[str, Json], model_config: Mapping[str, Json], tokens: Sequence[str]) -> dict[str, int]:
+    """bos, eos … → id: what tokenizer_config.json names, then what only config.json has. A list of ids there, of
+    all that end an answer, names none of them.
 
     Raises:
-        CheckpointError: an id is outside the vocabulary.
+        CheckpointError: an id is outside the vocabulary, or there is none of BOS or EOS: llama.cpp would take those of
+            another family.
     """
+    ids = {token: token_id for token_id, token in enumerate(tokens)}
     out: dict[str, int] = {}
     for kind in SPECIAL:
         token = _content(config.get(f"{kind}_token"))
-        if token is not None and token in added:
-            out[kind] = added[token]
+        if token is not None and token in ids:
+            out[kind] = ids[token]
     text = model_config.get("text_config")
+    unused: dict[str, Json] = {}
     for kind in SPECIAL:
         token_id = model_config.get(f"{kind}_token_id")
         if token_id is None and isinstance(text, dict):
             token_id = text.get(f"{kind}_token_id")
-        if isinstance(token_id, int):
+        if isinstance(token_id, int) and not isinstance(token_id, bool):
             out.setdefault(kind, token_id)
+        elif token_id is not None:
+            unused[kind] = token_id
+    for kind in ("bos", "eos"):
+        if kind not in out:
+            raise CheckpointError(
+                f"no file says which token is {kind.upper()}",
+                where="tokenizer_config.json",
+                got=f"no {kind}_token" + (f"; {kind}_token_id {unused[kind]} in config.json" if kind in unused else ""),
+                wanted=f'"{kind}_token": "<{kind}>"',
+                hint="copy tokenizer_config.json from the original model, or add this line",
+            )
     for kind, token_id in out.items():
-        if not 0 <= token_id < size:
+        if not 0 <= token_id < len(tokens):
             raise CheckpointError(
                 "a special token's id is outside the vocabulary",
                 where=f"config.json: {kind}_token_id",
                 got=token_id,
-                wanted=f"below {size}",
+                wanted=f"below {len(tokens)}",
             )
     return out
 
