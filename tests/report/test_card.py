@@ -124,3 +124,12 @@ def test_pictures_only_where_their_folder_is_given() -> None:
     data = full()
     assert "](figures/criteria.svg)" in render_card(data, draw_all(data), "figures")
     assert ".svg" not in render_card(data, draw_all(data))
+
+
+def test_no_hash_of_the_card_that_this_one_replaces() -> None:
+    data = full()
+    assert data.manifest is not None
+    files = {**data.manifest.files, "README.md": "0" * 64}
+    card = render_card(dataclasses.replace(data, manifest=dataclasses.replace(data.manifest, files=files)))
+    assert "| `README.md` |" not in card
+    assert all(f"| `{name}` | `{digest}` |" in card for name, digest in data.manifest.files.items())
