@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from math import prod
 from pathlib import Path
 from typing import Literal
 
@@ -15,7 +13,6 @@ from gemcut import machine, mixing, store
 from gemcut.checkpoint import Checkpoint
 from gemcut.checkpoint.edited import EditedCheckpoint
 from gemcut.errors import MissingError, UsageError
-from gemcut.export import imatrix as importance
 from gemcut.export.imatrix import Imatrix
 from gemcut.export.layout import layout_of, vision_layout_of
 from gemcut.export.metadata import file_metadata
@@ -29,6 +26,7 @@ from gemcut.export.targets import Importances, Planned, Target, blocks_of, plan_
 from gemcut.families.gguf import GgufLayout, Value
 from gemcut.ggml.library import Library, load
 from gemcut.ggml.types import BLOCKS, GgmlType
+from gemcut.importances import importances_of, refuse_starved
 from gemcut.mixing import NOTHING, Mix, MixWords
 from gemcut.nvfp4.layout import is_nvfp4
 from gemcut.records import load_plan
@@ -37,8 +35,6 @@ from gemcut.surgery import cut_for_gguf
 Progress = Callable[[int, int, str], None]
 _BASE_MEMORY_BYTES = 200 << 20  # the interpreter, numpy and the library
 _HEADER_COPIES = 16  # a vocabulary as Python strings, and as bytes once for each file
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +163,7 @@ def plan_export(
         exports += _repacked(checkpoint, words, given, library)
     elif words.types or words.mix.asked:
         layout = layout_of(checkpoint)
-        imatrix = None if words.imatrix is None else _imatrix(words.imatrix, layout, checkpoint)
+        imatrix = None if words.imatrix is None else importances_of(words.imatrix, layout, checkpoint)
         exports.append(
             _plan_model(checkpoint, layout, words, given, imatrix, library, threads=threads, progress=progress)
         )
@@ -240,7 +236,7 @@ def _types(
     else:
         kind = stock.file_type(asked)
         types = stock.stock_types(asked, layout, imatrix=imatrix is not None, overrides=given)
-    _refuse_starved(asked, kind.name, types, imatrix)
+    refuse_starved(asked, kind.name, types, imatrix)
     return types, kind.number
 
 
@@ -368,31 +364,3 @@ def write_export(
         )
         for one in exports
     )
-
-
-def _imatrix(path: Path, layout: GgufLayout, checkpoint: Checkpoint) -> Imatrix:
-    """Importances of this model; of a cut on the way also those of its base, of which the kept units' are taken."""
-    read = importance.read_imatrix(path)
-    if isinstance(checkpoint, EditedCheckpoint) and not _is_of(read, layout):
-        return importance.take(read, layout_of(checkpoint.base), checkpoint.edits)
-    found = importance.fit(read, layout)
-    if found.model_fingerprint and found.model_fingerprint != checkpoint.fingerprint:
-        log.warning("%s was made from another checkpoint of the same shapes", path.name)
-    return found
-
-
-def _is_of(imatrix: Imatrix, layout: GgufLayout) -> bool:
-    shapes = {tensor.name: prod((*tensor.shape[:-2][:1], tensor.shape[-1])) for tensor in layout.tensors}
-    return all(entry.sums.size == shapes.get(name) for name, entry in imatrix.entries.items())
-
-
-def _refuse_starved(asked: str, file: str, types: Mapping[str, GgmlType], imatrix: Imatrix | None) -> None:
-    starved = stock.starved_of_imatrix(file, types)
-    missing = [name for name in starved if imatrix is None or name not in imatrix.entries]
-    if missing:
-        raise UsageError(
-            f"{asked} needs an importance matrix" if imatrix is None else "the importance matrix lacks tensors",
-            where=f"{missing[0]}" + (f" and {len(missing) - 1} more" if len(missing) > 1 else ""),
-            got=f"{types[missing[0]].name} without importances",
-            hint="make one with gemcut imatrix, and pass it with --imatrix",
-        )

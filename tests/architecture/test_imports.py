@@ -17,7 +17,7 @@ ROOMS = {"observe", "score", "plan", "surgery", "ablate", "canary", "export", "s
 GROUND = {"errors", "types", "store", "records", "checkpoint", "families", "nvfp4", "ggml", "gguf_file", "machine"}
 ABOVE = {
     "recipe", "runs", "models", "stages", "head_stages", "pipeline", "head_pipeline", "shipped", "reporting",
-    "preflight", "comparing", "loading", "exporting", "imatrices", "jobs", "mixing", "gguf_cutting",
+    "preflight", "comparing", "loading", "exporting", "imatrices", "importances", "jobs", "mixing", "gguf_cutting",
     "vocabulary", "gguf_stages", "gguf_pipeline", "gguf_preflight", "nvfp4_stages", "nvfp4_pipeline",
     "nvfp4_preflight", "inspection",
 }  # fmt: skip

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import resource
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,8 @@ from gguf import GGUFReader, GGUFWriter
 from tests.cli.verb import gemcut
 
 from gemcut.checkpoint import open_checkpoint
+from gemcut.export import imatrix as importance
+from gemcut.export.layout import layout_of
 from gemcut.gguf_file import open_gguf, read_gguf
 from gemcut.records import save_plan
 from gemcut.types import LayerPlan, Plan
@@ -293,6 +297,66 @@ def test_an_imatrix_that_lacks_what_the_type_needs(tmp_path: Path, capsys: pytes
     code, _, err = gemcut(capsys, *args)
     assert code == 2
     assert "lacks tensors" in err
+
+
+def whole_imatrix(path: Path, model: Path, counts: Mapping[str, int | range], fingerprint: str = "") -> Path:
+    """Of every tensor of a model.   counts: of those whose name ends so: rows, or the experts that saw none."""
+    made = importance.presumed(layout_of(open_checkpoint(model)))
+    entries = dict(made.entries)
+    for name, entry in made.entries.items():
+        for end, seen in counts.items():
+            if name.endswith(end):
+                rows = np.full(len(entry.counts), 100 if isinstance(seen, range) else seen, np.int64)
+                rows[list(seen) if isinstance(seen, range) else []] = 0
+                entries[name] = importance.Entry(entry.sums * (rows > 0)[:, None].astype(np.float32), rows)
+    importance.write_imatrix(path, replace(made, entries=entries, model_fingerprint=fingerprint))
+    return path
+
+
+def test_an_imatrix_that_saw_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    blind = whole_imatrix(tmp_path / "blind.gguf", DEMO_DENSE, {".weight": 0})
+    args = ("gguf", "demo:dense", "-o", tmp_path / "o", "--dry-run")
+    code, _, err = gemcut(capsys, *args, "-t", "IQ2_M", "--imatrix", blind)
+    assert code == 2
+    assert "has seen nothing of tensors that need it" in err
+    assert "blk.0." in err
+    assert "with all counts 0" in err
+    assert "make one from more text" in err
+    code, _, err = gemcut(capsys, *args, "-t", "Q4_K_M", "--imatrix", blind)
+    assert (code, "no text has reached blk.0." in err) == (0, True), err
+    partly = whole_imatrix(tmp_path / "partly.gguf", DEMO_DENSE, {"blk.3.ffn_down.weight": 0})
+    code, _, err = gemcut(capsys, *args, "-t", "IQ2_XXS", "--imatrix", partly)
+    assert code == 2
+    assert "blk.3.ffn_down.weight" in err
+    assert "more" not in err.split("blk.3.ffn_down.weight")[1].splitlines()[0]
+    seen = whole_imatrix(tmp_path / "seen.gguf", DEMO_DENSE, {})
+    code, _, err = gemcut(capsys, *args, "-t", "IQ2_M", "--imatrix", seen)
+    assert (code, "reached" in err) == (0, False), err
+
+
+def test_an_imatrix_that_passed_no_gate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    args = ("gguf", "demo:moe", "-t", "Q4_K_M", "-o", tmp_path / "o", "--dry-run", "--imatrix")
+    name = "blk.2.ffn_down_exps.weight"
+    starved = whole_imatrix(tmp_path / "starved.gguf", DEMO_DENSE.parent / "moe", {name: range(7)})
+    code, _, err = gemcut(capsys, *args, starved)
+    assert code == 0
+    assert f"starves experts of 1 tensors, most in {name}: 7 of 32 saw less" in " ".join(err.split())
+    assert "7 saw none" in " ".join(err.split())
+    passing = whole_imatrix(tmp_path / "passing.gguf", DEMO_DENSE.parent / "moe", {name: range(6)})
+    code, _, err = gemcut(capsys, *args, passing)
+    assert (code, "starves" in err) == (0, False), err
+
+
+def test_an_imatrix_of_other_weights_in_the_same_shapes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    args = ("gguf", "demo:dense", "-t", "IQ2_M", "-o", tmp_path / "o", "--dry-run", "--imatrix")
+    own = open_checkpoint(DEMO_DENSE).fingerprint
+    for model, warned in ("f" * 64, True), (own, False), ("", False):
+        file = whole_imatrix(tmp_path / f"of-{model[:1]}.gguf", DEMO_DENSE, {}, model)
+        code, _, err = gemcut(capsys, *args, file)
+        said = " ".join(err.split())
+        assert code == 0
+        assert ("was made from another checkpoint of the same shapes" in said) == warned
+        assert ("gemcut imatrix demo:dense --corpus TEXT" in said) == warned
 
 
 def test_a_vocabulary_without_the_special_tokens(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
