@@ -64,6 +64,22 @@ def test_wrong_words_are_named(override: str, names: str) -> None:
     assert names in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("said", "names"),
+    [
+        ("{variant: auto, target: BAR}", "gguf.imatrix.target: no such file type"),
+        ("{variant: auto}", "gguf.imatrix: variant auto and target go together"),
+        ("{target: IQ2_M}", "gguf.imatrix: variant auto and target go together"),
+    ],
+)
+def test_importances_judged_by_no_file_type(said: str, names: str) -> None:
+    sets = ("gguf.tiers=[Q8_0]", f"gguf.imatrix={said}")
+    with pytest.raises(UsageError) as caught:
+        recipe.parse(GOOD, "x.yaml", sets)
+    assert names in str(caught.value)
+    recipe.parse(GOOD, "x.yaml", ("gguf.tiers=[Q8_0]", "gguf.imatrix={variant: auto, target: iq2_m}"))
+
+
 @pytest.mark.parametrize("text", ["", "[1]", "a: [", "!!python/object/apply:os.system [id]", "name: x"])
 def test_not_a_recipe(text: str) -> None:
     with pytest.raises(UsageError):

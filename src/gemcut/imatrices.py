@@ -23,11 +23,12 @@ from gemcut.export.imatrix import (
     from_statistics,
     merge,
     read_imatrix,
+    refuse_unaddable,
     take,
     write_imatrix,
 )
 from gemcut.export.layout import layout_of
-from gemcut.export.mix.stock import stock_types
+from gemcut.export.mix import stock
 from gemcut.families.gguf import GgufLayout
 from gemcut.recipe import Observe
 from gemcut.records import load_plan
@@ -85,8 +86,11 @@ def words_of(
 ) -> ImatrixWords:
     """From the flags of the verb.
 
+    Whatever an observation would only be followed by a refusal of is refused here, before it.
+
     Raises:
-        UsageError: flags that do not go together.
+        UsageError: flags that do not go together, no such file type, or no file to merge, or one that does not add up.
+        CheckpointError: a file to merge is damaged.
     """
     if variant not in get_args(Variant):
         raise UsageError("no such variant of importances", got=variant, wanted=", ".join(get_args(Variant)))
@@ -96,11 +100,15 @@ def words_of(
             got=f"--variant {variant}" + (f" --for {target}" if target else ""),
             wanted="--variant auto --for IQ2_M",
         )
+    if target:
+        stock.file_type(target)
     if merge_with and variant != "plain":
         raise UsageError("only sums of squares add up", got=f"--variant {variant} --merge", wanted="--variant plain")
     rounds = (AUTO_ROUNDINGS if variant == "auto" else 1) if roundings is None else roundings
     if merge_with and rounds > 1:
         raise UsageError("only sums of squares add up", got=f"--roundings {rounds} --merge", wanted="--roundings 1")
+    for one in merge_with:
+        refuse_unaddable(read_imatrix(Path(one)))
     return ImatrixWords(cast(Variant, variant), target or "", prior, tuple(Path(one) for one in merge_with), rounds)
 
 
@@ -158,7 +166,7 @@ def from_observation(
     layout = layout_of(base)
     choices: tuple[Choice, ...] = ()
     if words.variant == "auto":
-        types = stock_types(words.target, layout, imatrix=True)
+        types = stock.stock_types(words.target, layout, imatrix=True)
         choices = choose(
             statistics,
             layout,

@@ -7,6 +7,7 @@ from typing import Annotated, Literal, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, field_validator, model_validator
 
+from gemcut.errors import UsageError
 from gemcut.nvfp4.choices import (
     MAX_BORROWED,
     ActivationRule,
@@ -42,6 +43,17 @@ def _is_size(text: str) -> str:
     return text
 
 
+def _is_file_type(text: str) -> str:
+    from gemcut.export.mix.stock import file_type  # the tables of every type
+
+    try:
+        file_type(text)
+    except UsageError as error:
+        raise ValueError(f"{error.what}; {error.hint}") from None
+    return text
+
+
+FileType = Annotated[str, AfterValidator(_is_file_type)]
 Size = Annotated[str, AfterValidator(_is_size)]
 # YAML has no tuples: lists are accepted where a word holds several, everything else stays strict.
 Names = Annotated[tuple[str, ...], Field(strict=False)]
@@ -194,12 +206,18 @@ class ImatrixWords(Words):
     variant: Literal["plain", "hybrid", "rms4", "max", "auto"] = Field(
         default="plain", description="auto: per tensor, what rounds best on held-out items"
     )
-    target: str | None = Field(default=None, description="auto: the file type that it is judged by, as IQ2_M")
+    target: FileType | None = Field(default=None, description="auto: the file type that it is judged by, as IQ2_M")
     roundings: int | None = Field(
         default=None, ge=1, le=256, description="each block is picked of so many quantisations; 8 for auto, else 1"
     )
     prior: int = Field(default=64, ge=0, description="rows that a starved expert borrows from its layer's mean")
     gate: bool = Field(default=True, description="text that starves too many experts ends the run with exit code 5")
+
+    @model_validator(mode="after")
+    def _auto_has_a_target(self) -> ImatrixWords:
+        if (self.variant == "auto") != bool(self.target):
+            raise ValueError("variant auto and target go together")
+        return self
 
 
 class CurvatureWords(Words):

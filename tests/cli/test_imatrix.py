@@ -103,6 +103,11 @@ def test_auto_says_who_won(place: Path, tmp_path: Path, capsys: Capture) -> None
         (("{stats}", "--variant", "best"), "no such variant"),
         (("{stats}", "--variant", "auto"), "--for IQ2_M"),
         (("{stats}", "--for", "IQ2_M"), "belongs to auto"),
+        (("{moe}", "--corpus", "{corpus}", "--variant", "auto", "--for", "BAR"), "no such file type"),
+        (("{moe}", "--corpus", "{corpus}", "--variant", "auto", "--for", "BAR", "--dry-run"), "no such file type"),
+        (("{moe}", "--corpus", "{corpus}", "--merge", "absent.gguf"), "no such imatrix"),
+        (("{moe}", "--corpus", "{corpus}", "--merge", "absent.gguf", "--dry-run"), "no such imatrix"),
+        (("{moe}", "--corpus", "{corpus}", "--merge", "{rms4}", "--dry-run"), "do not add up"),
         (("{stats}", "--variant", "rms4", "--merge", "x"), "only sums of squares"),
         (("{stats}", "--model", "{moe}", "--merge", "nothing.gguf"), "no such imatrix"),
         (("{stats}", "--model", "{moe}", "--max-tokens", "9"), "--max-tokens would change nothing here"),
@@ -113,11 +118,17 @@ def test_auto_says_who_won(place: Path, tmp_path: Path, capsys: Capture) -> None
 def test_wrong_words(place: Path, tmp_path: Path, words: tuple[str, ...], said: str, capsys: Capture) -> None:
     file = tmp_path / "there.gguf"
     file.touch()
-    given = [word.format(moe=place / "moe", stats=place / "stats", file=file) for word in words]
+    names = {"moe": place / "moe", "stats": place / "stats", "corpus": place / "a.jsonl", "file": file}
+    if "{rms4}" in words:
+        names["rms4"] = tmp_path / "rms4.gguf"
+        gemcut(
+            capsys, "imatrix", place / "stats", "--model", place / "moe", "--variant", "rms4", "-o", names["rms4"], "-q"
+        )
+    given = [word.format_map(names) for word in words]
     code, _, err = gemcut(capsys, "imatrix", *given, "-o", tmp_path / "i.gguf")
     assert code == 2
     assert said in err
-    assert not (tmp_path / "i.gguf").exists()
+    assert not list(tmp_path.glob("i.gguf*")), "refused before anything is observed"
 
 
 def test_another_model_is_exit_code_4(place: Path, tmp_path: Path, capsys: Capture) -> None:

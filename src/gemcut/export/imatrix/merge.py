@@ -11,6 +11,29 @@ from gemcut.store import fingerprint
 from gemcut.types import F64
 
 
+def refuse_unaddable(one: Imatrix) -> None:
+    """Refuse what adds to no other importance matrix.
+
+    Raises:
+        UsageError: it holds something else than sums of squares, or has lost its counts.
+    """
+    if one.variant != "plain":
+        raise UsageError(
+            f"importances of variant {one.variant!r} do not add up",
+            wanted="two plain files",
+            hint="merge the statistics or plain files, and choose the variant afterwards",
+        )
+    if one.roundings > 1:
+        raise UsageError(
+            "importances with roundings do not add up", hint="merge plain files that were made without --roundings"
+        )
+    if not one.chunk_size:
+        raise UsageError(
+            "an imatrix of llama.cpp's older form has lost its counts, and does not add up",
+            hint="make it anew in the GGUF form",
+        )
+
+
 def merge(first: Imatrix, second: Imatrix) -> Imatrix:
     """The importance matrix of both texts: sums and counts add; who starves is asked again of the whole.
 
@@ -19,21 +42,7 @@ def merge(first: Imatrix, second: Imatrix) -> Imatrix:
         CheckpointError: they are of different models: fingerprints, names or shapes differ.
     """
     for one in (first, second):
-        if one.variant != "plain":
-            raise UsageError(
-                f"importances of variant {one.variant!r} do not add up",
-                wanted="two plain files",
-                hint="merge the statistics or plain files, and choose the variant afterwards",
-            )
-        if one.roundings > 1:
-            raise UsageError(
-                "importances with roundings do not add up", hint="merge plain files that were made without --roundings"
-            )
-        if not one.chunk_size:
-            raise UsageError(
-                "an imatrix of llama.cpp's older form has lost its counts, and does not add up",
-                hint="make it anew in the GGUF form",
-            )
+        refuse_unaddable(one)
     if first.corpus_hash and first.corpus_hash == second.corpus_hash:
         raise UsageError("both are of the same text: it would count twice", got=f"corpus {first.corpus_hash[:12]}…")
     known = {one.model_fingerprint for one in (first, second) if one.model_fingerprint}
