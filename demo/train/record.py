@@ -171,15 +171,16 @@ def vision_tables(demo: Path) -> str:
 def served_tables(demo: Path) -> str:
     """What llama.cpp's server says of files of `gemcut gguf`."""
     lines = [
-        "| trunk | drafter | answers | equal to plain greedy | drafted | accepted | share |",
-        "|---|---|---|---|---|---|---|",
+        "| trunk | drafter | answers | equal to plain greedy | looping | drafted | accepted | share | without loops |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for model in NAMES:
         row = _read(demo / "results" / f"{model}-drafter-served.json")
         trunk, drafter = row["files"]
         every = row["overall"]
-        counts = f"{row['prompts']} | {row['equal_to_greedy']} | {every['drafted']} | {every['accepted']}"
-        lines.append(f"| `{trunk}` | `{drafter}` | {counts} | {rate(every)} |")
+        counts = f"{row['prompts']} | {row['equal_to_greedy']} | {row['loops']}"
+        counts += f" | {every['drafted']} | {every['accepted']}"
+        lines.append(f"| `{trunk}` | `{drafter}` | {counts} | {rate(every)} | {rate(row['unlooped'])} |")
     record = _read(demo / "results" / "moe-vision-served.json")
     trunk, mmproj = record["files"]
     pictures = [f"| `{trunk}` with `{mmproj}` | asked | right | 95 % interval |", "|---|---|---|---|"]

@@ -25,6 +25,8 @@ from demo.train import acceptance, answers
 from demo.train.generators.pictures import asked, drawn
 from demo.train.record import wilson
 
+from gemcut.canary.detect import loop_period
+
 DRAFTS = 3
 CONTEXT = 1024
 
@@ -95,15 +97,20 @@ def parted(plain: Reply, helped: Reply) -> dict[str, object] | None:
 
 
 def drafts(trunk: Path, drafter: Path, corpus: Path, per_class: int) -> dict[str, object]:
-    """Answers with the drafter against answers without it, and the share of accepted drafts."""
+    """Answers with the drafter against answers without it, and the share of accepted drafts.
+
+    What repeats itself is easily drafted: answers that end in a loop are counted, and the share is said without them.
+    """
     plain, helped = Server(trunk), Server(trunk, drafter=drafter)
     rounds: dict[str, list[acceptance.Rounds]] = {}
-    differ = []
+    unlooped, differ = [], []
     for label, chats in acceptance.chats(corpus, per_class).items():
         for number, (messages, thinking) in enumerate(chats):
             wanted = plain.reply(messages, acceptance.NEW_TOKENS, thinking)
             found = helped.reply(messages, acceptance.NEW_TOKENS, thinking)
             rounds.setdefault(label, []).append(acceptance.Rounds([found.drafted], [found.accepted]))
+            if not loop_period(found.ids):
+                unlooped.append(rounds[label][-1])
             where = parted(wanted, found)
             if where is not None:
                 differ.append({"chat": f"{label} {number}", **where})
@@ -111,8 +118,10 @@ def drafts(trunk: Path, drafter: Path, corpus: Path, per_class: int) -> dict[str
     return {
         "prompts": len(every),
         "equal_to_greedy": len(every) - len(differ),
+        "loops": len(every) - len(unlooped),
         "drafts": DRAFTS,
         "overall": acceptance.rate(every),
+        "unlooped": acceptance.rate(unlooped),
         "by_class": {label: acceptance.rate(some) for label, some in rounds.items()},
         "differ": differ,
     }

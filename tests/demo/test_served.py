@@ -52,6 +52,7 @@ def test_drafts_are_accepted_and_change_no_answer(
     assert found["overall"]["drafted"] > 200
     assert found["overall"]["accepted"] > least * found["overall"]["drafted"]
     assert found["equal_to_greedy"] >= 9
+    assert found["unlooped"]["answers"] == 10 - found["loops"]
     assert all(one["margin"] < NEAR for one in found["differ"])
 
 
@@ -96,6 +97,7 @@ def test_drafter_results_are_of_enough_prompts_and_part_at_ties_only(model: str)
     there = json.loads((DEMO / "results" / f"{model}-drafter.json").read_bytes())["drafts"][str(record["drafts"])]
     low, high = there["overall"]["interval"]
     assert low < record["overall"]["rate"] < high
+    assert record["loops"] == 40 - record["unlooped"]["answers"] < 8
 
 
 def test_picture_results_are_those_of_stock_transformers() -> None:
