@@ -114,7 +114,7 @@ def rate(rounds: list[Rounds], place: int | None = None) -> dict[str, object]:
     else:
         taken = np.array([sum(a > place for a in one.accepted) for one in rounds])
         tried = np.array([sum(d > place for d in one.drafted) for one in rounds])
-    draw = np.random.default_rng(0).integers(0, len(rounds), (RESAMPLES, len(rounds)))
+    draw = np.random.default_rng(0).integers(0, max(1, len(rounds)), (RESAMPLES, len(rounds)))
     low, high = np.quantile(taken[draw].sum(1) / np.maximum(1, tried[draw].sum(1)), [0.025, 0.975])
     return {
         "answers": len(rounds),
