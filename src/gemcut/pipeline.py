@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gemcut import stages, store
+from gemcut import plan_stages, stages, store
 from gemcut.comparing import FLOOR
 from gemcut.errors import UsageError
 from gemcut.gguf_pipeline import quantise, wants_imatrix
@@ -118,7 +118,7 @@ class ExpertJob(Job):
             choice.name,
             {"choice": choice.model_dump(mode="json"), "plan": words.model_dump(mode="json")},
             (observed.key,),
-            lambda folder: stages.plan(observed.folder / STATISTICS, choice, words, folder, force=True),
+            lambda folder: plan_stages.plan(observed.folder / STATISTICS, choice, words, folder, force=True),
         )
 
     def report(
@@ -136,7 +136,7 @@ class ExpertJob(Job):
             self.words,
             facts,
             statistics=observed.folder / STATISTICS,
-            planned={label: stages.load_planned(planned.folder) for label, planned in plans.items()},
+            planned={label: plan_stages.load_planned(planned.folder) for label, planned in plans.items()},
             checks=stages.load_checks(verified.folder),
             heal=heal_in(heal),
             out=self.result.folder / "report",

@@ -19,7 +19,7 @@ ABOVE = {
     "recipe", "runs", "models", "stages", "head_stages", "pipeline", "head_pipeline", "shipped", "reporting",
     "preflight", "comparing", "loading", "exporting", "imatrices", "importances", "jobs", "mixing", "gguf_cutting",
     "vocabulary", "gguf_stages", "gguf_pipeline", "gguf_preflight", "nvfp4_stages", "nvfp4_pipeline",
-    "nvfp4_preflight", "inspection",
+    "nvfp4_preflight", "inspection", "plan_stages",
 }  # fmt: skip
 LICENSED = {("evaluate", "serve")}
 

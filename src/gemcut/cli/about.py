@@ -17,13 +17,13 @@ KINDS = ("recipes", "criteria", "families")
 @options.talk
 def list_(what: str | None, talk: Talk) -> None:
     """What there is: recipes, criteria, families."""
-    from gemcut import families, recipe, stages
+    from gemcut import families, plan_stages, recipe
 
     found: dict[str, dict[str, str]] = {}
     if what in (None, "recipes"):
         found["recipes"] = {name: recipe.load(name).description for name in recipe.shipped()}
     if what in (None, "criteria"):
-        found["criteria"] = stages.criteria()
+        found["criteria"] = plan_stages.criteria()
     if what in (None, "families"):
         found["families"] = {
             name: ", ".join(a for a, m in families.ARCHITECTURES.items() if m == name)
@@ -57,10 +57,10 @@ def show(name: str, talk: Talk, **asked: Any) -> None:
     """
     from pathlib import Path
 
-    from gemcut import recipe, stages
+    from gemcut import plan_stages, recipe
     from gemcut.errors import UsageError
 
-    known = ("schema", *recipe.shipped(), *stages.criteria())
+    known = ("schema", *recipe.shipped(), *plan_stages.criteria())
     if name not in known and Path(name).is_dir():
         _show_serving(name, asked, talk)
         return
@@ -75,8 +75,8 @@ def show(name: str, talk: Talk, **asked: Any) -> None:
     if name in recipe.shipped():
         talk.result({"name": name, "recipe": recipe.source(name)}, text=recipe.source(name).rstrip())
         return
-    if name in stages.criteria():
-        text = stages.criterion_text(name)
+    if name in plan_stages.criteria():
+        text = plan_stages.criterion_text(name)
         talk.result({"name": name, "definition": text}, text=text)
         return
     raise UsageError(

@@ -37,17 +37,17 @@ def experts(
     talk: Talk,
 ) -> None:
     """Keep the best N experts of every layer."""
-    from gemcut import recipe, stages
+    from gemcut import plan_stages, recipe, stages
     from gemcut.errors import UsageError
 
     if out is None and explain is None:
         raise UsageError("nothing to do", wanted="-o plan.json, --explain LAYER:EXPERT, or both")
     choice = recipe.Choice(criterion=criterion, params=recipe.params(params))
-    planned = stages.plan_experts(Path(stats), choice, recipe.plan_words(keep, sets))
+    planned = plan_stages.plan_experts(Path(stats), choice, recipe.plan_words(keep, sets))
     if out is not None:
         stages.save_plan(planned.plan, Path(out), force=force)
     if explain is not None:
-        found = stages.explain(planned, Path(stats), *_unit(explain))
+        found = plan_stages.explain(planned, Path(stats), *_unit(explain))
         talk.result(found, path=out, text=found.text())
         return
     doubtful, guarded = planned.doubtful, planned.kept_by_guards

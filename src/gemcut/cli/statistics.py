@@ -92,9 +92,11 @@ def merge(stats: tuple[str, ...], out: str, force: bool, talk: Talk) -> None:
 @options.talk
 def score(stats: str, criterion: str, params: tuple[str, ...], out: str | None, force: bool, talk: Talk) -> None:
     """Rank the experts by a criterion. Seconds, no model."""
-    from gemcut import recipe, stages
+    from gemcut import plan_stages, recipe
 
-    rows = stages.score_table(Path(stats), criterion, recipe.params(params), Path(out) if out else None, force=force)
+    rows = plan_stages.score_table(
+        Path(stats), criterion, recipe.params(params), Path(out) if out else None, force=force
+    )
     talk.table(
         "Scores per layer; agreement is the share of drops shared with frequency at half the experts",
         ("criterion", "layer", "best experts", "worst experts", "agreement"),
