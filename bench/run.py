@@ -271,7 +271,7 @@ def main() -> int:
         for name in named(args.only):
             answered &= run(name, folders)
             PAGE.write_text(page())  # what is measured stays measured, whatever comes next
-        if os.getloadavg()[0] > os.cpu_count() + 1:  # type: ignore[operator]
+        if os.getloadavg()[0] > (os.cpu_count() or 1) + 1:
             print("the machine was loaded: keep no seconds of this", file=sys.stderr)
     PAGE.write_text(page())
     return 0 if answered else 1

@@ -167,15 +167,6 @@ def active_parameters(base: Checkpoint) -> int:
     return total - routed + routed * base.family.top_k(base.text_config) // units
 
 
-def kept_bytes(base: Checkpoint, keep: int) -> int:
-    """Size after keeping `keep` experts per layer."""
-    gone = 0
-    for site in base.sites:
-        if site.kind == "experts":
-            gone += sum(base.tensors[part.name].size_bytes for part in site.slices) * (site.units - keep) // site.units
-    return base.size_bytes - gone
-
-
 def planned_bytes(base: Checkpoint, plan: Plan) -> int:
     """Size after a plan."""
     edits = surgery.edits_for(plan, base)

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from tests.stream.test_model import streamed_logits
 
 from gemcut.checkpoint import Checkpoint, open_checkpoint
 from gemcut.errors import CheckpointError, UsageError
@@ -81,13 +82,7 @@ def exported(base: Checkpoint, stats: Path, out: Path, scheme: str, targets: str
 
 
 def logits(checkpoint: Checkpoint, dtype: str) -> torch.Tensor:
-    with StreamedModel.open(checkpoint, dtype=dtype, experts="recording", packed=True) as model:
-        hidden = model.embed(IDS)
-        for i in range(model.n_layers):
-            with model.layer(i) as layer:
-                model.prefetch(i + 1)
-                hidden = model.run_layer(layer, hidden)
-        return model.head(hidden)
+    return streamed_logits(checkpoint.path, IDS, dtype=dtype, experts="recording", packed=True)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])

@@ -50,6 +50,7 @@ class Serving:
     """What every server needs to know, said once."""
 
     bos: bool  # exactly one BOS must open every sequence
+    text_model: str  # the architecture of the decoder alone, as config.json calls it
     reasoning_parser: str
     tool_parser: str
     attention: str  # transformers' attn_implementation

@@ -358,6 +358,7 @@ FAMILY = Family(
     renormalises=True,
     serving=Serving(
         bos=True,
+        text_model="Gemma4ForCausalLM",
         reasoning_parser="gemma4",
         tool_parser="gemma4",
         attention="eager",  # head_dim 512 has no flash kernel

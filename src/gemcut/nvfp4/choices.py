@@ -7,11 +7,9 @@ from typing import Literal, TypeAlias, get_args
 Scheme: TypeAlias = Literal["NVFP4", "NVFP4A16"]
 SCHEMES: tuple[Scheme, ...] = get_args(Scheme)
 Targets: TypeAlias = Literal["mlp", "mlp+experts", "all"]
-TARGETS: tuple[Targets, ...] = get_args(Targets)
 Method: TypeAlias = Literal["minmax", "four_over_six", "sweep", "weighted"]
 METHODS: tuple[Method, ...] = get_args(Method)
 ActivationRule: TypeAlias = Literal["max", "headroom"]
-ACTIVATION_RULES: tuple[ActivationRule, ...] = get_args(ActivationRule)
 KvCache: TypeAlias = Literal["none", "one", "bound", "calibrated"]
 KV_CACHES: tuple[KvCache, ...] = get_args(KvCache)
 Layout: TypeAlias = Literal["compressed-tensors", "modelopt"]

@@ -3,7 +3,7 @@
 Source of names and rules: vLLM 0.33.0 (engine/arg_utils.py; reasoning, tool_parsers: `gemma4`; kernels/linear/nvfp4:
 is_supported; marlin_utils_fp4: compute capability 7.5; v1/attention/backends/triton_attn.py: an FP8 cache wants 8.9;
 utils/torch_utils.py: `auto` finds the cache of modelopt's layout only). vLLM 0.28.0 is the first that loads Gemma 4
-beside transformers 5.15 or newer. Issues 39595, 42516: experts of 704 split over two cards fail in several kernels.
+beside transformers 5.15 or newer. vLLM #39595, #42516: experts of 704 split over two cards fail in several kernels.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ MINIMUM_VLLM = "0.28.0"
 CONTEXT = 32768  # tokens, where the config allows more: a cache of the whole context rarely fits beside the weights
 DRAFT_TOKENS = 2
 IMAGES = 2
-PARSER = "gemma4"  # vLLM's name of both parsers
 _BLOCK = 16  # columns of one scale: no card may have a part of a block
 _TILE = 64  # columns that kernels for experts take at a time
 
@@ -81,7 +80,9 @@ def serving(folder: Checkpoint, words: ServeWords | None = None) -> Serving:
     experts = _experts(folder)
     flags += _split(text, words.cards, experts, folder.name)
     flags += _media(folder, words.images)
-    flags += ["--reasoning-parser", PARSER, "--tool-call-parser", PARSER, "--enable-auto-tool-choice"]
+    said = folder.family.serving
+    flags += ["--reasoning-parser", said.reasoning_parser, "--tool-call-parser", said.tool_parser]
+    flags += ["--enable-auto-tool-choice"]
     if words.drafter is not None:
         draft: dict[str, Json] = {
             "method": "mtp", "model": words.drafter, "num_speculative_tokens": words.draft_tokens
@@ -115,7 +116,7 @@ def _media(folder: Checkpoint, images: int) -> list[str]:
     if "vision_config" not in folder.config:
         return []
     if folder.config["vision_config"] is None or not _has(folder, "vision"):
-        return ["--hf-overrides", _json({"architectures": ["Gemma4ForCausalLM"]})]
+        return ["--hf-overrides", _json({"architectures": [folder.family.serving.text_model]})]
     return ["--limit-mm-per-prompt", _json({"image": images})] if images else ["--language-model-only"]
 
 
